@@ -1,0 +1,102 @@
+# `make` lists the targets. Needed beforehand: Go, git and make. What else a
+# target uses, it installs through apt-get when run as root, and names when not.
+
+GO       ?= go
+FUZZTIME ?= 20s
+# More flags for one run: make test TESTFLAGS=-v, make bench BENCHFLAGS=-help.
+TESTFLAGS  ?=
+BENCHFLAGS ?=
+
+# The linter is built once per version and Go release, outside the module, so
+# that its dependencies stay out of go.sum. One built by an older Go than go.mod
+# asks for refuses to run, hence the release in the name.
+GOLANGCI_VERSION := v2.15.0
+GOLANGCI_DIR     := $(shell $(GO) env GOPATH 2>/dev/null)/bin/golangci-lint-$(GOLANGCI_VERSION)-$(shell $(GO) env GOVERSION 2>/dev/null)
+GOLANGCI         := $(GOLANGCI_DIR)/golangci-lint
+
+SHELL       := bash
+.SHELLFLAGS := -euo pipefail -c
+# Debian keeps ip and tc out of an ordinary user's PATH.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two targets at once would share the cores that tests and measurements pin.
+.NOTPARALLEL:
+.PHONY: help build test unit integration race fuzz bench demo lint fmt clean setup setup-race
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+build: ## compile everything, programs into bin/
+	$(GO) build -trimpath -o bin/ ./...
+
+test: unit integration ## run the unit tests, then the integration tests
+
+# Without -buildvcs=false, go list fails for root in a checkout of another user.
+unit: setup ## run the tests beside the code
+	$(GO) list -buildvcs=false ./... | { grep -v '/integration\(/\|$$\)' || true; } | xargs -r $(GO) test -shuffle=on $(TESTFLAGS)
+
+# One package at a time: these tests load both ends of a connection.
+integration: setup ## run the tests with real TAP devices and real clients
+	$(GO) test -p 1 -shuffle=on $(TESTFLAGS) ./integration/...
+
+race: setup setup-race ## run all tests under the race detector
+	$(GO) test -race -shuffle=on $(TESTFLAGS) ./...
+
+# `go test -fuzz` takes one target of one package, so list them first.
+fuzz: ## run each fuzz target for FUZZTIME (20s)
+	@$(GO) test -list '^Fuzz' ./... | \
+	awk '/^Fuzz/ { names[++n] = $$1 } /^ok/ { for (i = 1; i <= n; i++) print $$2, names[i]; n = 0 }' | \
+	while read -r package name; do \
+		echo "== $$package $$name"; \
+		$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$package" </dev/null; \
+	done
+
+bench: setup ## measure against the peers, short version
+	$(GO) run ./bench -quick $(BENCHFLAGS)
+
+demo: setup ## show the stack at work
+	$(GO) run ./bench -demo $(BENCHFLAGS)
+
+lint: $(GOLANGCI) ## check go.mod, vet, fix, format and lint; change nothing
+	$(GO) mod tidy -diff
+	$(GO) vet ./...
+	$(GO) fix -diff ./...
+	$(GOLANGCI) fmt --diff
+	$(GOLANGCI) run
+
+fmt: $(GOLANGCI) ## format the code
+	$(GOLANGCI) fmt
+
+clean: ## remove what the other targets wrote
+	rm -rf bin bench/tmp coverage*
+	find . -type f \( -name '*.test' -o -name '*.out' -o -name '*.prof' \) -not -path './.git/*' -delete
+
+$(GOLANGCI):
+	GOBIN=$(GOLANGCI_DIR) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_VERSION)
+
+# $(call need,WHAT:PACKAGE ...) installs the Debian package of every command or
+# file WHAT that is not there. It costs nothing when all of them are.
+define need
+@missing=; \
+for pair in $(1); do \
+	what=$${pair%%:*}; \
+	command -v "$$what" >/dev/null || [ -e "$$what" ] || missing+=" $${pair#*:}"; \
+done; \
+if [ -z "$$missing" ]; then exit 0; fi; \
+if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	echo "make $@: not installed:$$missing; as root: apt-get install$$missing" >&2; exit 1; \
+fi; \
+echo "make $@: installing$$missing"; \
+apt-get update -qq; \
+DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing
+endef
+
+setup: # the clients that tests and measurements start, and the TAP driver
+	$(call need,iperf3:iperf3 ip:iproute2)
+	@[ -c /dev/net/tun ] || modprobe tun 2>/dev/null || \
+		echo "make $@: no /dev/net/tun and no module tun: tests that need a TAP device will skip" >&2
+
+setup-race: # the race detector is linked through cgo
+	$(call need,gcc:gcc /usr/include/stdlib.h:libc6-dev)

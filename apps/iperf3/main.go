@@ -1,0 +1,66 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	code := command(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// command runs one command line and returns the exit status: 0, 1 for a failed test, 2 for wrong usage.
+func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	var o options
+	fs := newFlags(&o, stderr)
+	open := openStack(fs)
+	switch err := fs.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		return 0
+	case err != nil:
+		return 2
+	}
+	if err := o.validate(fs.Args()); err != nil {
+		fmt.Fprintf(stderr, "iperf3: %v\n", err)
+		return 2
+	}
+	var net network = host{mss: o.mss}
+	if !o.hostSockets {
+		userspace, closer, err := open(slog.New(slog.NewTextHandler(stderr, nil)))
+		if err != nil {
+			fmt.Fprintf(stderr, "iperf3: error - %v\n", err)
+			return 1
+		}
+		defer closer.Close()
+		net = userspace
+	}
+	if err := start(ctx, net, &o, stdout, stderr); err != nil {
+		fmt.Fprintf(stderr, "iperf3: error - %v\n", err)
+		return 1
+	}
+	return 0
+}
+
+// start runs the server or the client over n.
+func start(ctx context.Context, n network, o *options, stdout, stderr io.Writer) error {
+	if o.host == "" {
+		return newServer(n, o, stdout, stderr).serve(ctx)
+	}
+	var report reporter = &text{w: stdout, client: true}
+	if o.json {
+		report = &document{w: stdout}
+	}
+	l := defaultLimits
+	l.handshake = o.connectTimeout
+	return (&client{net: n, options: o, limits: l, report: report}).run(ctx)
+}

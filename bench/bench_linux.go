@@ -1,0 +1,180 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// warmup is how long a load runs before its window opens: TCP's windows and buffers have
+// their size by then, and the server's heap its shape.
+const warmup = 250 * time.Millisecond
+
+// bench is a run inside the namespace.
+type bench struct {
+	options
+	apps                 string // folder of the built applications
+	serverCPU, clientCPU int
+}
+
+// run builds what is needed outside of the namespace, and measures inside. Every child is
+// started by its goroutine, see process.
+func run(ctx context.Context, o options, args []string) error {
+	runtime.LockOSThread()
+	if !inSandbox() {
+		apps := o.apps
+		if apps == "" && (o.demo || slices.Contains(o.peers, peerNumastack)) {
+			names := []string{"echo"}
+			if o.demo {
+				names = append(names, "iperf3")
+			}
+			fmt.Fprintf(os.Stderr, "building %s\n", strings.Join(names, ", "))
+			dir, err := buildApps(ctx, names...)
+			if err != nil {
+				return err
+			}
+			defer func() { _ = os.RemoveAll(dir) }()
+			apps = dir
+		}
+		return enterSandbox(ctx, args, apps)
+	}
+
+	if err := prepareSandbox(); err != nil {
+		return err
+	}
+	b := bench{options: o, apps: os.Getenv(appsVar)}
+	if o.demo {
+		return b.runDemo(ctx)
+	}
+	if err := b.chooseCPUs(); err != nil {
+		return err
+	}
+	samples, failures := b.measure(ctx)
+	if ctx.Err() != nil {
+		return errors.New("interrupted")
+	}
+	rep := newReport(b.environment(), o.rows, samples, failures)
+	write := rep.writeTable
+	if o.jsonOut {
+		write = rep.writeJSON
+	}
+	if err := write(os.Stdout); err != nil {
+		return err
+	}
+	if len(failures) > 0 {
+		return fmt.Errorf("%d samples failed", len(failures))
+	}
+	return nil
+}
+
+// chooseCPUs takes the first two CPUs this process may use, unless the command line names
+// others. With a single one, server and client share it.
+func (b *bench) chooseCPUs() error {
+	var set unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &set); err != nil {
+		return fmt.Errorf("read the CPU affinity: %w", err)
+	}
+	var usable []int
+	for cpu := range len(set) * 64 {
+		if set.IsSet(cpu) {
+			usable = append(usable, cpu)
+		}
+	}
+	b.serverCPU, b.clientCPU = b.cpus[0], b.cpus[1]
+	if b.serverCPU < 0 {
+		b.serverCPU, b.clientCPU = usable[0], usable[min(1, len(usable)-1)]
+	}
+	for _, cpu := range []int{b.serverCPU, b.clientCPU} {
+		if !slices.Contains(usable, cpu) {
+			return fmt.Errorf("-cpus: CPU %d is not one of those this process may use: %v", cpu, usable)
+		}
+	}
+	if b.serverCPU == b.clientCPU {
+		fmt.Fprintf(os.Stderr, "server and client share CPU %d: the figures mean little\n", b.serverCPU)
+	}
+	return nil
+}
+
+// measure takes one sample per round, row and peer. A sample that fails is reported and
+// left out; the others go on.
+func (b *bench) measure(ctx context.Context) (map[string]map[string][]sample, []string) {
+	samples := map[string]map[string][]sample{}
+	var failures []string
+	for round := range b.rounds {
+		for _, r := range b.rows {
+			if samples[r.name] == nil {
+				samples[r.name] = map[string][]sample{}
+			}
+			var line strings.Builder
+			fmt.Fprintf(&line, "round %d/%d  %-11s", round+1, b.rounds, r.name)
+			for i := range b.peers {
+				peer := b.peers[(i+round)%len(b.peers)]
+				s, err := b.sample(ctx, peer, r)
+				if ctx.Err() != nil {
+					return samples, failures
+				}
+				if err != nil {
+					failures = append(failures, fmt.Sprintf("round %d, %s, %s: %v", round+1, r.name, peer, err))
+					fmt.Fprintf(&line, "  %s failed", peer)
+					continue
+				}
+				samples[r.name][peer] = append(samples[r.name][peer], s)
+				fmt.Fprintf(&line, "  %s %s", peer, figure(new(r.value(s))))
+			}
+			fmt.Fprintf(os.Stderr, "%s  %s\n", line.String(), r.unit)
+		}
+	}
+	return samples, failures
+}
+
+// sample starts a peer, loads it once and stops it.
+func (b *bench) sample(ctx context.Context, peer string, r row) (sample, error) {
+	s, err := startPeer(ctx, peer, r, b)
+	if err != nil {
+		return sample{}, err
+	}
+	out, err := b.load(ctx, clientSpec{
+		Load: r.load, Conns: r.conns, Server: netip.MustParseAddr(s.addr), ServerPID: s.pid(),
+		Warmup: warmup, Duration: b.duration, Ports: wellKnownPorts,
+	}, b.clientCPU)
+	// A server that did not survive its load explains the client's error.
+	return out, errors.Join(err, s.stop())
+}
+
+// load runs one client process.
+func (b *bench) load(ctx context.Context, spec clientSpec, cpu int) (sample, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return sample{}, fmt.Errorf("find this program's file: %w", err)
+	}
+	arg, err := json.Marshal(spec)
+	if err != nil {
+		return sample{}, fmt.Errorf("client specification: %w", err)
+	}
+	out, err := runCommand(ctx, command{
+		path: self, args: []string{roleClient, string(arg)}, cpu: cpu,
+		deadline: spec.Warmup + spec.Duration + 2*stallTimeout,
+	})
+	if err != nil {
+		return sample{}, err
+	}
+	var s sample
+	if err := json.Unmarshal(out, &s); err != nil {
+		return sample{}, fmt.Errorf("the client printed %q instead of a sample: %w", out, err)
+	}
+	return s, nil
+}
+
+// sampleDeadline bounds a server's life.
+func (b *bench) sampleDeadline() time.Duration {
+	return readyTimeout + warmup + b.duration + 2*stallTimeout + stopTimeout
+}

@@ -1,0 +1,288 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// countingListener counts what the server side sees.
+type countingListener struct {
+	net.Listener
+	conns, read, written *atomic.Int64
+}
+
+type countingConn struct {
+	net.Conn
+	read, written *atomic.Int64
+}
+
+func (l countingListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	l.conns.Add(1)
+	return countingConn{c, l.read, l.written}, nil
+}
+
+func (c countingConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.read.Add(int64(n))
+	return n, err
+}
+
+func (c countingConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	c.written.Add(int64(n))
+	return n, err
+}
+
+// serveLoopback runs the servers of the peers in this process until the test ends.
+func serveLoopback(t *testing.T) (ports, *countingListener) {
+	t.Helper()
+	counts := &countingListener{conns: new(atomic.Int64), read: new(atomic.Int64), written: new(atomic.Int64)}
+	var p ports
+	listen := func(port uint16) (net.Listener, error) {
+		l, err := net.Listen("tcp4", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		got := uint16(l.Addr().(*net.TCPAddr).Port)
+		switch port {
+		case portEcho:
+			p.Echo = got
+		case portDiscard:
+			p.Discard = got
+		case portChargen:
+			p.Chargen = got
+		}
+		return countingListener{l, counts.conns, counts.read, counts.written}, nil
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ready, done := make(chan struct{}), make(chan error, 1)
+	go func() { done <- serve(ctx, listen, func() { close(ready) }) }()
+	select {
+	case <-ready:
+	case err := <-done:
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	return p, counts
+}
+
+func testSpec(l load, conns int, p ports) clientSpec {
+	return clientSpec{
+		Load: l, Conns: conns, Server: netip.MustParseAddr("127.0.0.1"), ServerPID: os.Getpid(),
+		Duration: 200 * time.Millisecond, Ports: p,
+	}
+}
+
+// What the client counts, the server has seen. Without a warm-up both count from the start,
+// and differ at most by what was under way at the end.
+func TestClientCounts(t *testing.T) {
+	needSandbox(t)
+	tests := []struct {
+		load  load
+		conns int
+	}{
+		{loadBulkIn, 1},
+		{loadBulkIn, 8},
+		{loadBulkOut, 1},
+		{loadBulkOut, 8},
+		{loadPingPong, 1},
+		{loadPingPong, 64},
+		{loadShort, 8},
+	}
+	for _, tt := range tests {
+		t.Run(string(tt.load), func(t *testing.T) {
+			p, counts := serveLoopback(t)
+			s, err := testSpec(tt.load, tt.conns, p).run()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if s.Elapsed <= 0 || s.CPU <= 0 {
+				t.Errorf("elapsed %v, CPU %v: want both above zero", s.Elapsed, s.CPU)
+			}
+			if tt.load != loadBulkIn && tt.load != loadBulkOut {
+				if s.P50 <= 0 || s.P50 > s.P99 || s.P99 > s.Max {
+					t.Errorf("percentiles are out of order: p50 %v, p99 %v, max %v", s.P50, s.P99, s.Max)
+				}
+			}
+			// Of every connection, one operation may have been under way.
+			slack := int64(tt.conns)
+			switch tt.load {
+			case loadBulkIn:
+				if got := counts.read.Load(); s.Bytes <= 0 || s.Bytes > got+bulkInFlight*slack {
+					t.Errorf("client counted %d bytes, server read %d", s.Bytes, got)
+				}
+			case loadBulkOut:
+				if got := counts.written.Load(); s.Bytes <= 0 || s.Bytes > got+serveBuffer*slack {
+					t.Errorf("client counted %d bytes, server wrote %d", s.Bytes, got)
+				}
+			case loadPingPong:
+				if got := counts.read.Load() / messageBytes; got < s.Ops || got > s.Ops+slack {
+					t.Errorf("client counted %d requests, server %d", s.Ops, got)
+				}
+			case loadShort:
+				if got := counts.conns.Load(); got < s.Ops || got > s.Ops+slack {
+					t.Errorf("client counted %d connections, server %d", s.Ops, got)
+				}
+			}
+		})
+	}
+}
+
+// bulkInFlight is what the server's kernel may have acknowledged before the server reads
+// it, in bytes: the most that tcp_rmem lets a receive buffer become.
+const bulkInFlight = 64 << 20
+
+// A warm-up is left out of the count.
+func TestClientWarmup(t *testing.T) {
+	needSandbox(t)
+	p, counts := serveLoopback(t)
+	spec := testSpec(loadPingPong, 1, p)
+	spec.Warmup = 100 * time.Millisecond
+	s, err := spec.run()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := counts.read.Load() / messageBytes; got <= s.Ops {
+		t.Errorf("client counted %d requests, server %d: want fewer in the window than in all", s.Ops, got)
+	}
+}
+
+// serveOne serves every connection with handle, which owns it. index counts connections.
+func serveOne(t *testing.T, handle func(index int, c net.Conn)) ports {
+	t.Helper()
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var running sync.WaitGroup
+	running.Go(func() {
+		for i := 0; ; i++ {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			running.Go(func() {
+				defer func() { _ = c.Close() }()
+				handle(i, c)
+			})
+		}
+	})
+	t.Cleanup(func() {
+		_ = l.Close()
+		running.Wait()
+	})
+	port := uint16(l.Addr().(*net.TCPAddr).Port)
+	return ports{Echo: port, Discard: port, Chargen: port}
+}
+
+func TestClientErrors(t *testing.T) {
+	needSandbox(t)
+	wrong := func(_ int, c net.Conn) {
+		buf := make([]byte, messageBytes)
+		for {
+			n, err := c.Read(buf)
+			if err != nil {
+				return
+			}
+			buf[0]++
+			if _, err := c.Write(buf[:n]); err != nil {
+				return
+			}
+		}
+	}
+	closing := func(_ int, c net.Conn) { _, _ = c.Read(make([]byte, messageBytes)) }
+	firstOnly := func(i int, c net.Conn) {
+		if i == 0 {
+			echo(c)
+			return
+		}
+		discard(c)
+	}
+	tests := []struct {
+		name   string
+		load   load
+		conns  int
+		handle func(int, net.Conn)
+		want   string
+	}{
+		{"another answer", loadPingPong, 1, wrong, "the answer is not the request"},
+		{"another answer", loadPingPong, 2, wrong, "the answer is not the request"},
+		{"another answer", loadShort, 2, wrong, "the answer is not the request"},
+		{"closed early", loadPingPong, 1, closing, "closed the connection after 0 of 64 bytes"},
+		{"closed early", loadPingPong, 2, closing, "closed the connection after 0 of 64 bytes"},
+		{"closed early", loadShort, 2, closing, "closed the connection after 0 of 64 bytes"},
+		{"one starves", loadPingPong, 2, firstOnly, "connection 1 got no answer"},
+		{"nothing sent", loadBulkOut, 1, func(_ int, c net.Conn) { discard(c) }, "not a byte moved"},
+		{"stalled", loadPingPong, 1, func(_ int, c net.Conn) { discard(c) }, errStalled.Error()},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name+"/"+string(tt.load), func(t *testing.T) {
+			t.Parallel()
+			_, err := testSpec(tt.load, tt.conns, serveOne(t, tt.handle)).run()
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("error is %v, want one with %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestClientRefused(t *testing.T) {
+	needSandbox(t)
+	for _, l := range []load{loadBulkIn, loadPingPong, loadShort} {
+		// Nothing listens on port 1 of this namespace.
+		_, err := testSpec(l, 1, ports{Echo: 1, Discard: 1, Chargen: 1}).run()
+		if !errors.Is(err, unix.ECONNREFUSED) {
+			t.Errorf("%s: error is %v, want ECONNREFUSED", l, err)
+		}
+	}
+}
+
+func TestProcessCPU(t *testing.T) {
+	before, err := processCPU(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Work until our own clock, read another way, has moved by 20 ms.
+	var start, now unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &start); err != nil {
+		t.Fatal(err)
+	}
+	for now = start; cpuOf(now)-cpuOf(start) < 20*time.Millisecond; {
+		if err := unix.Getrusage(unix.RUSAGE_SELF, &now); err != nil {
+			t.Fatal(err)
+		}
+	}
+	after, err := processCPU(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if after-before < 10*time.Millisecond {
+		t.Errorf("the clock moved by %v while the process worked for 20ms", after-before)
+	}
+	if _, err := processCPU(1 << 22); err == nil { // above the largest pid_max
+		t.Error("no error for a process that cannot exist")
+	}
+}
+
+func cpuOf(r unix.Rusage) time.Duration {
+	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
+}

@@ -1,0 +1,164 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// pingPongOne sends one request at a time on one blocking socket: no poller between the
+// arrival of an answer and the thread that waits for it.
+func (s clientSpec) pingPongOne() (sample, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	fd, err := dial(s.Server, s.Ports.Echo)
+	if err != nil {
+		return sample{}, err
+	}
+	defer reset(fd)
+	if err := unix.SetNonblock(fd, false); err != nil {
+		return sample{}, fmt.Errorf("make the socket blocking: %w", err)
+	}
+	limit := unix.NsecToTimeval(stallTimeout.Nanoseconds())
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit); err != nil {
+		return sample{}, fmt.Errorf("set SO_RCVTIMEO: %w", err)
+	}
+
+	var r request
+	m := newMeter(s)
+	for seq := uint64(0); ; seq++ {
+		now := time.Now()
+		if seq > 0 {
+			m.record(now.Sub(r.sent))
+		}
+		if over, err := m.tick(now); err != nil {
+			return sample{}, err
+		} else if over {
+			return m.sample()
+		}
+		if err := r.send(fd, 0, seq, now); err != nil {
+			return sample{}, err
+		}
+		for complete := false; !complete; {
+			if complete, err = r.receive(fd); err != nil {
+				return sample{}, err
+			}
+			if !complete && time.Since(now) > stallTimeout {
+				return sample{}, errStalled
+			}
+		}
+	}
+}
+
+// pingPongMany keeps one request outstanding on every connection, from one thread.
+func (s clientSpec) pingPongMany() (sample, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	ep, err := newPoller()
+	if err != nil {
+		return sample{}, err
+	}
+	defer ep.close()
+
+	type connection struct {
+		request
+		fd       int
+		seq      uint64
+		answered bool // in the window
+	}
+	conns := make([]connection, s.Conns)
+	for i := range conns {
+		c := &conns[i]
+		if c.fd, err = dial(s.Server, s.Ports.Echo); err != nil {
+			return sample{}, err
+		}
+		defer reset(c.fd)
+		if err := ep.add(c.fd, i, unix.EPOLLIN); err != nil {
+			return sample{}, err
+		}
+	}
+	for i := range conns {
+		if err := conns[i].send(conns[i].fd, uint64(i), 0, time.Now()); err != nil {
+			return sample{}, err
+		}
+	}
+
+	m := newMeter(s)
+	for {
+		ready, err := ep.wait()
+		if err != nil {
+			return sample{}, err
+		}
+		if over, err := m.tick(time.Now()); err != nil {
+			return sample{}, err
+		} else if over {
+			break
+		}
+		for _, event := range ready {
+			c := &conns[event.Fd]
+			complete, err := c.receive(c.fd)
+			if err != nil {
+				return sample{}, fmt.Errorf("connection %d: %w", event.Fd, err)
+			}
+			if !complete {
+				continue
+			}
+			now := time.Now()
+			m.record(now.Sub(c.sent))
+			c.answered = c.answered || m.running
+			c.seq++
+			if err := c.send(c.fd, uint64(event.Fd), c.seq, now); err != nil {
+				return sample{}, fmt.Errorf("connection %d: %w", event.Fd, err)
+			}
+		}
+	}
+	for i := range conns {
+		if !conns[i].answered {
+			return sample{}, fmt.Errorf("connection %d got no answer in the window of %v", i, s.Duration)
+		}
+	}
+	return m.sample()
+}
+
+// poller is an epoll instance whose events carry an index of the caller's in their Fd.
+type poller struct {
+	fd     int
+	events [128]unix.EpollEvent
+}
+
+func newPoller() (*poller, error) {
+	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("epoll_create1: %w", err)
+	}
+	return &poller{fd: fd}, nil
+}
+
+func (p *poller) close() { _ = unix.Close(p.fd) }
+
+func (p *poller) add(fd, index int, events uint32) error {
+	ev := unix.EpollEvent{Events: events, Fd: int32(index)}
+	if err := unix.EpollCtl(p.fd, unix.EPOLL_CTL_ADD, fd, &ev); err != nil {
+		return fmt.Errorf("epoll_ctl: %w", err)
+	}
+	return nil
+}
+
+// wait returns at least one event; they are valid until the next call.
+func (p *poller) wait() ([]unix.EpollEvent, error) {
+	for {
+		n, err := unix.EpollWait(p.fd, p.events[:], int(stallTimeout.Milliseconds()))
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return nil, fmt.Errorf("epoll_wait: %w", err)
+		case n == 0:
+			return nil, errStalled
+		default:
+			return p.events[:n], nil
+		}
+	}
+}

@@ -1,0 +1,176 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// options is the command line after validation.
+type options struct {
+	quick    bool
+	jsonOut  bool
+	demo     bool
+	rows     []row
+	peers    []string
+	rounds   int
+	duration time.Duration // of one sample's window, warm-up not included
+	cpus     [2]int        // server, client; -1: the first two this process may use
+	apps     string        // folder with built applications; empty: build them
+}
+
+// Bounds that keep a typing error from occupying a machine for hours.
+const (
+	maxRounds   = 100
+	maxDuration = time.Minute
+)
+
+func main() {
+	os.Exit(mainStatus(os.Args[1:]))
+}
+
+// mainStatus returns the exit status: 0 measured (whether or not targets were met), 1 at
+// least one sample failed, 2 the command line was wrong.
+func mainStatus(args []string) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+
+	// The hidden roles are child processes of a run, see process_linux.go.
+	if len(args) == 2 && (args[0] == roleServe || args[0] == roleClient) {
+		if err := runRole(ctx, args[0], args[1]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return 0
+	}
+
+	o, err := parseOptions(args, os.Stderr)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return 0
+	case err != nil:
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		return 2
+	}
+	if err := run(ctx, o, args); err != nil {
+		if status, ok := errors.AsType[statusError](err); ok {
+			return int(status)
+		}
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		return 1
+	}
+	return 0
+}
+
+// statusError is the exit status of the run inside the namespace, which has already reported
+// its errors.
+type statusError int
+
+func (s statusError) Error() string { return "exit status " + strconv.Itoa(int(s)) }
+
+func parseOptions(args []string, usage io.Writer) (options, error) {
+	var (
+		o         options
+		rowNames  string
+		peerNames string
+		cpuList   string
+	)
+	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
+	fs.SetOutput(usage)
+	fs.BoolVar(&o.quick, "quick", false, "5 short rounds, under 4 minutes (default: 10 rounds of 3 s samples)")
+	fs.BoolVar(&o.jsonOut, "json", false, "print JSON instead of a table")
+	fs.BoolVar(&o.demo, "demo", false, "show apps/echo and apps/iperf3 at work instead of measuring")
+	fs.StringVar(&rowNames, "rows", "", "comma-separated `rows` to measure, or prefixes of their names such as bulk (default: all)")
+	fs.StringVar(&peerNames, "peers", "", "comma-separated `peers` to measure: "+strings.Join(peerOrder, ", ")+" (default: all)")
+	fs.IntVar(&o.rounds, "rounds", 0, "rounds, each with one sample per row and peer (default: 10, with -quick 5)")
+	fs.DurationVar(&o.duration, "duration", 0, "length of one sample (default: 3s, with -quick 1s)")
+	fs.StringVar(&cpuList, "cpus", "", "`server,client` CPUs (default: the first two this process may use)")
+	fs.StringVar(&o.apps, "apps", "", "`folder` with the built applications echo and iperf3 (default: build them with go build)")
+	if err := fs.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return o, err
+		}
+		return o, fmt.Errorf("command line: %w", err)
+	}
+	if fs.NArg() > 0 {
+		return o, fmt.Errorf("unexpected argument %q: all settings are flags", fs.Arg(0))
+	}
+
+	if o.rounds == 0 {
+		o.rounds = 10
+		if o.quick {
+			o.rounds = 5
+		}
+	}
+	if o.duration == 0 {
+		o.duration = 3 * time.Second
+		if o.quick {
+			o.duration = time.Second
+		}
+	}
+	if o.rounds < 1 || o.rounds > maxRounds {
+		return o, fmt.Errorf("-rounds %d: must be 1 to %d", o.rounds, maxRounds)
+	}
+	if o.duration < 100*time.Millisecond || o.duration > maxDuration {
+		return o, fmt.Errorf("-duration %v: must be 100ms to %v", o.duration, maxDuration)
+	}
+
+	var err error
+	if o.rows, err = selectRows(rowNames); err != nil {
+		return o, err
+	}
+	if o.peers, err = selectPeers(peerNames); err != nil {
+		return o, err
+	}
+	o.cpus, err = parseCPUs(cpuList)
+	return o, err
+}
+
+// selectPeers keeps the order of peerOrder, whatever order the list has.
+func selectPeers(list string) ([]string, error) {
+	if list == "" {
+		return peerOrder, nil
+	}
+	asked := strings.Split(list, ",")
+	for _, name := range asked {
+		if !slices.Contains(peerOrder, name) {
+			return nil, fmt.Errorf("-peers %q: accepted are %s", name, strings.Join(peerOrder, ", "))
+		}
+	}
+	var peers []string
+	for _, name := range peerOrder {
+		if slices.Contains(asked, name) {
+			peers = append(peers, name)
+		}
+	}
+	return peers, nil
+}
+
+func parseCPUs(list string) ([2]int, error) {
+	if list == "" {
+		return [2]int{-1, -1}, nil
+	}
+	bad := fmt.Errorf("-cpus %q: must be two CPU numbers such as 0,1", list)
+	server, client, ok := strings.Cut(list, ",")
+	if !ok {
+		return [2]int{}, bad
+	}
+	var cpus [2]int
+	for i, s := range []string{server, client} {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 0 {
+			return [2]int{}, bad
+		}
+		cpus[i] = n
+	}
+	return cpus, nil
+}

@@ -1,0 +1,68 @@
+package main
+
+import (
+	"io"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestParseOptions(t *testing.T) {
+	tests := []struct {
+		args     string
+		rows     []string // nil: all
+		peers    []string // nil: all
+		rounds   int
+		duration time.Duration
+		err      string // part of the error
+	}{
+		{args: "", rounds: 10, duration: 3 * time.Second},
+		{args: "-quick", rounds: 5, duration: time.Second},
+		{args: "-quick -rounds 2 -duration 200ms", rounds: 2, duration: 200 * time.Millisecond},
+		{args: "-rows pingpong_1,short", rows: []string{"pingpong_1", "short"}, rounds: 10, duration: 3 * time.Second},
+		{args: "-rows bulk_in", rows: []string{"bulk_in_1", "bulk_in_8"}, rounds: 10, duration: 3 * time.Second},
+		{args: "-rows pingpong", rows: []string{"pingpong_1", "pingpong_64"}, rounds: 10, duration: 3 * time.Second},
+		{args: "-peers kernel,numastack", peers: []string{"numastack", "kernel"}, rounds: 10, duration: 3 * time.Second},
+		{args: "-rows bulk_sideways", err: `"bulk_sideways": accepted are bulk_in_1`},
+		{args: "-rows short,", err: `-rows ""`},
+		{args: "-peers lwip", err: `"lwip": accepted are numastack, gvisor, kernel`},
+		{args: "-rounds 101", err: "-rounds 101: must be 1 to 100"},
+		{args: "-rounds -1", err: "-rounds -1"},
+		{args: "-duration 1ms", err: "-duration 1ms: must be 100ms to 1m0s"},
+		{args: "-cpus 1", err: `-cpus "1": must be two CPU numbers`},
+		{args: "-cpus 0,-1", err: `-cpus "0,-1"`},
+		{args: "quick", err: `unexpected argument "quick"`},
+	}
+	for _, tt := range tests {
+		t.Run(tt.args, func(t *testing.T) {
+			o, err := parseOptions(strings.Fields(tt.args), io.Discard)
+			if tt.err != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.err) {
+					t.Fatalf("error is %v, want one with %q", err, tt.err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if o.rounds != tt.rounds || o.duration != tt.duration {
+				t.Errorf("%d rounds of %v, want %d of %v", o.rounds, o.duration, tt.rounds, tt.duration)
+			}
+			var names []string
+			for _, r := range o.rows {
+				names = append(names, r.name)
+			}
+			if want := tt.rows; want == nil && len(names) != len(allRows) || want != nil && !slices.Equal(names, want) {
+				t.Errorf("rows are %v, want %v", names, want)
+			}
+			want := tt.peers
+			if want == nil {
+				want = peerOrder
+			}
+			if !slices.Equal(o.peers, want) {
+				t.Errorf("peers are %v, want %v", o.peers, want)
+			}
+		})
+	}
+}

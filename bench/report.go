@@ -1,0 +1,155 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+)
+
+// report is the outcome of a run, and the shape of -json.
+type report struct {
+	Environment environment `json:"environment"`
+	Rows        []rowReport `json:"rows"`
+	Scaling     []target    `json:"scaling,omitempty"`
+	TargetsMet  int         `json:"targets_met"`
+	Targets     int         `json:"targets"`
+	Errors      []string    `json:"errors,omitempty"`
+}
+
+// environment says where and how the figures were taken.
+type environment struct {
+	Time      string  `json:"time"`
+	Commit    string  `json:"commit,omitempty"`
+	Go        string  `json:"go"`
+	Kernel    string  `json:"kernel"`
+	CPU       string  `json:"cpu"`
+	CPUs      int     `json:"cpus"`
+	TSCHz     float64 `json:"tsc_hz,omitempty"`
+	ServerCPU int     `json:"server_cpu"`
+	ClientCPU int     `json:"client_cpu"`
+	Rounds    int     `json:"rounds"`
+	SampleSec float64 `json:"sample_seconds"`
+	MTU       int     `json:"mtu"`
+}
+
+// rowReport is one row: the peers' medians, beside each other. A peer that was not
+// measured, or whose samples all failed, is nil.
+type rowReport struct {
+	Name      string   `json:"name"`
+	Unit      string   `json:"unit"`
+	Better    string   `json:"better"` // "higher" or "lower"
+	Numastack *float64 `json:"numastack"`
+	GVisor    *float64 `json:"gvisor"`
+	Kernel    *float64 `json:"kernel"`
+	VsGVisor  *target  `json:"vs_gvisor,omitempty"`
+	VsKernel  *target  `json:"vs_kernel,omitempty"`
+	CPUUnit   string   `json:"cpu_unit"`
+	// The maps' keys are the peers.
+	CPU     map[string]float64   `json:"cpu"`
+	P50     map[string]float64   `json:"p50_us,omitempty"`
+	P99     map[string]float64   `json:"p99_us,omitempty"`
+	Samples map[string][]float64 `json:"samples"`
+}
+
+// target is a ratio and the limit it is held to.
+type target struct {
+	Name  string  `json:"name,omitempty"`
+	Ratio float64 `json:"ratio"`
+	Limit float64 `json:"limit"`
+	Bound string  `json:"bound"` // "at least" or "at most"
+	Met   bool    `json:"met"`
+}
+
+func newTarget(name string, ratio, limit float64, lower bool) target {
+	t := target{Name: name, Ratio: ratio, Limit: limit, Bound: "at least", Met: ratio >= limit}
+	if lower {
+		t.Bound, t.Met = "at most", ratio <= limit
+	}
+	return t
+}
+
+// newReport reduces samples, by row name and peer, to medians and holds them to the
+// targets. Rows without a sample stay in the report, with every peer nil.
+func newReport(env environment, rows []row, samples map[string]map[string][]sample, errs []string) *report {
+	rep := &report{Environment: env, Errors: errs}
+	for _, r := range rows {
+		rr := newRowReport(r, samples[r.name], env.TSCHz)
+		rep.Rows = append(rep.Rows, rr)
+		for _, t := range []*target{rr.VsGVisor, rr.VsKernel} {
+			if t != nil {
+				rep.count(*t)
+			}
+		}
+	}
+	for _, pair := range scalingPairs {
+		one, eight := rep.numastack(pair[0]), rep.numastack(pair[1])
+		if one == nil || eight == nil {
+			continue
+		}
+		t := newTarget(fmt.Sprintf("%s / %s", pair[1], pair[0]), *eight / *one, minScaling, false)
+		rep.Scaling = append(rep.Scaling, t)
+		rep.count(t)
+	}
+	return rep
+}
+
+func (rep *report) count(t target) {
+	rep.Targets++
+	if t.Met {
+		rep.TargetsMet++
+	}
+}
+
+// numastack returns our own figure in a row, or nil.
+func (rep *report) numastack(name string) *float64 {
+	i := slices.IndexFunc(rep.Rows, func(r rowReport) bool { return r.Name == name })
+	if i < 0 {
+		return nil
+	}
+	return rep.Rows[i].Numastack
+}
+
+func newRowReport(r row, byPeer map[string][]sample, tscHz float64) rowReport {
+	rr := rowReport{
+		Name: r.name, Unit: r.unit, Better: "higher",
+		CPU: map[string]float64{}, Samples: map[string][]float64{},
+	}
+	if r.lower {
+		rr.Better = "lower"
+	}
+	_, rr.CPUUnit = r.cpuCost(sample{Bytes: 1, Ops: 1}, tscHz)
+	timed := r.load == loadPingPong || r.load == loadShort
+	if timed {
+		rr.P50, rr.P99 = map[string]float64{}, map[string]float64{}
+	}
+
+	medians := map[string]*float64{}
+	for peer, samples := range byPeer {
+		if len(samples) == 0 {
+			continue
+		}
+		var values, costs, p50s, p99s []float64
+		for _, s := range samples {
+			cost, _ := r.cpuCost(s, tscHz)
+			values = append(values, r.value(s))
+			costs = append(costs, cost)
+			p50s = append(p50s, micros(s.P50))
+			p99s = append(p99s, micros(s.P99))
+		}
+		rr.Samples[peer] = values
+		rr.CPU[peer] = median(costs)
+		if timed {
+			rr.P50[peer], rr.P99[peer] = median(p50s), median(p99s)
+		}
+		medians[peer] = new(median(values))
+	}
+
+	rr.Numastack, rr.GVisor, rr.Kernel = medians[peerNumastack], medians[peerGVisor], medians[peerKernel]
+	hold := func(peer *float64, limit float64) *target {
+		if rr.Numastack == nil || peer == nil {
+			return nil
+		}
+		return new(newTarget("", *rr.Numastack / *peer, limit, r.lower))
+	}
+	rr.VsGVisor, rr.VsKernel = hold(rr.GVisor, r.vsGVisor), hold(rr.Kernel, r.vsKernel)
+	return rr
+}

@@ -1,0 +1,577 @@
+package dispatch
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/songgao/water"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Limits of DeviceConfig.
+const (
+	maxDeviceName = unix.IFNAMSIZ - 1 // bytes
+	minMTU        = 576               // bytes; what every IPv4 host takes (RFC 791, section 3.1)
+	minMTUIPv6    = 1280              // bytes; below it the kernel takes IPv6 off the link (RFC 8200, section 5)
+	maxMTU        = 65535 - ethernetLen
+	maxTapQueues  = 128
+	maxTxQueueLen = 1 << 16
+	maxID         = 1<<32 - 2 // of users and groups; the next one means none
+
+	// defaultTxQueueLen holds the burst that arrives while a shard is away for a
+	// millisecond: 4 million 64-byte frames per second. The kernel's own 1000
+	// was seen to overflow.
+	defaultTxQueueLen = 4096
+)
+
+// DeviceConfig describes the TAP device to open. A zero field means its
+// documented default; only Name is required.
+type DeviceConfig struct {
+	// Name of the network interface: 1 to 15 bytes.
+	Name string
+	// Persist keeps a device that OpenDevice creates when it is closed. A
+	// device that was there before stays in any case.
+	Persist bool
+	// UID and GID may open a device that OpenDevice creates, besides
+	// CAP_NET_ADMIN; with both set, both have to match. Default: nobody is
+	// asked who they are, as long as they may open /dev/net/tun.
+	UID, GID *int
+	// HostAddrs are the addresses of the host's side, each with the length of
+	// its subnet; missing ones are added. Default: leave as is.
+	HostAddrs []netip.Prefix
+	// MTU in bytes: 576 to 65521, with IPv6 addresses from 1280. Default:
+	// leave as is, which is 1500 on a new device.
+	MTU int
+	// TxQueueLen is how many frames (of up to 64 KiB) the kernel keeps per
+	// queue for us before it drops: 1 to 65536. Default: at least 4096; an
+	// existing device keeps a shorter one if we may not raise it.
+	TxQueueLen int
+	// Queues to attach: 1 to 128. Default 1.
+	Queues int
+	// Offload lets the kernel leave checksums and segmentation to us, so that
+	// frames arrive up to MaxFrameLen long. See Offloads for what it granted.
+	Offload bool
+}
+
+// Device is a TAP device with all its queues open. Its methods may be called
+// from any goroutine; its queues belong to their shards' threads.
+type Device struct {
+	// Immutable after OpenDevice.
+	name     string
+	index    int // of the network interface
+	mtu      int
+	hostMAC  net.HardwareAddr
+	offloads Offloads
+	created  bool
+	queues   []*Queue
+
+	mu      sync.Mutex      // guards what follows, and the queues' descriptors against Close
+	netlink *netlink.Handle // of the device's network namespace; nil once closed
+}
+
+// OpenDevice opens the TAP device cfg.Name in the network namespace of the
+// calling thread, creating it if there is no such interface, and brings it up.
+//
+// Creating and configuring takes CAP_NET_ADMIN. Without it, an administrator
+// can make the device once for a user, and OpenDevice attaches to it:
+//
+//	ip tuntap add dev NAME mode tap multi_queue user UID
+//
+// What is already as cfg wants it is not touched, so such a device may be
+// configured beforehand, too; where something is missing the error names the
+// command to run. A device whose queues another process holds is refused
+// (EBUSY): queue numbers would not be ours to steer by. After an error
+// everything is as it was before. Errors wrap the kernel's errno.
+func OpenDevice(cfg DeviceConfig) (*Device, error) {
+	d, err := openDevice(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("open tap %q: %w", cfg.Name, err)
+	}
+	return d, nil
+}
+
+// Name returns the name of the network interface.
+func (d *Device) Name() string { return d.name }
+
+// MTU returns the largest packet of the link in bytes, as it was when the
+// device was opened. Frames with GSO are longer.
+func (d *Device) MTU() int { return d.mtu }
+
+// HostMAC returns the Ethernet address of the kernel's side. The caller must
+// not change it.
+func (d *Device) HostMAC() net.HardwareAddr { return d.hostMAC }
+
+// Offloads returns what the kernel may leave to us.
+func (d *Device) Offloads() Offloads { return d.offloads }
+
+// Created reports whether OpenDevice made the device, rather than attach to
+// one that was there.
+func (d *Device) Created() bool { return d.created }
+
+// Queues returns the number of queues.
+func (d *Device) Queues() int { return len(d.queues) }
+
+// Queue returns queue i, 0 to Queues()-1. The number is the one that a
+// steering program returns to choose it.
+func (d *Device) Queue(i int) *Queue { return d.queues[i] }
+
+// AttachSteering makes the kernel choose the queue of each frame with an eBPF
+// program of type SOCKET_FILTER: its result, modulo the number of queues. It
+// replaces an earlier program. The kernel keeps its own reference, so the
+// caller may close progFD.
+func (d *Device) AttachSteering(progFD int) error {
+	if err := d.setSteering(progFD); err != nil {
+		return fmt.Errorf("tap %q: attach steering program fd %d: %w; want an eBPF program of type SOCKET_FILTER", d.name, progFD, err)
+	}
+	return nil
+}
+
+// DetachSteering goes back to the kernel's own choice of queues: the one that
+// last sent a frame of the same flow, else a hash.
+func (d *Device) DetachSteering() error {
+	if err := d.setSteering(-1); err != nil {
+		return fmt.Errorf("tap %q: detach steering program: %w", d.name, err)
+	}
+	return nil
+}
+
+// Dropped returns how many frames the kernel dropped on their way to us since
+// the device exists (tx_dropped of the link), nearly always because a queue
+// was full. It makes a system call and allocates: not for every turn.
+func (d *Device) Dropped() (uint64, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+
+	if d.netlink == nil {
+		return 0, fmt.Errorf("tap %q: dropped frames: %w", d.name, os.ErrClosed)
+	}
+	link, err := d.netlink.LinkByIndex(d.index)
+	if err != nil {
+		return 0, fmt.Errorf("tap %q: dropped frames: %w", d.name, err)
+	}
+	return link.Attrs().Statistics.TxDropped, nil
+}
+
+// Close closes all queues; a device that OpenDevice created without Persist is
+// gone when it returns. The shards' threads must have stopped using their
+// queues. Calling it again does nothing.
+func (d *Device) Close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+
+	if d.netlink == nil {
+		return nil
+	}
+	d.netlink.Close()
+	d.netlink = nil
+
+	var errs []error
+	// From the last one down, so that no queue is renumbered on the way.
+	for _, q := range slices.Backward(d.queues) {
+		errs = append(errs, q.close())
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("close tap %q: %w", d.name, err)
+	}
+	return nil
+}
+
+func (d *Device) setSteering(progFD int) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.netlink == nil {
+		return os.ErrClosed
+	}
+	return os.NewSyscallError("TUNSETSTEERINGEBPF",
+		unix.IoctlSetPointerInt(d.queues[0].fd, unix.TUNSETSTEERINGEBPF, progFD))
+}
+
+// validate fills in the defaults that do not depend on the device.
+func (cfg *DeviceConfig) validate() error {
+	switch {
+	case cfg.Name == "" || len(cfg.Name) > maxDeviceName:
+		return fmt.Errorf("bad Name: %d bytes; want 1..%d", len(cfg.Name), maxDeviceName)
+	case strings.ContainsAny(cfg.Name, "/:% \t\n\v\f\r") || slices.Contains([]string{".", "..", "all", "default"}, cfg.Name):
+		// Beyond the kernel's rules (dev_valid_name): % makes it choose a name,
+		// all and default are not devices to sysctl.
+		return errors.New(`bad Name: want an interface name without blanks, '/', ':' and '%', other than "all" and "default"`)
+	}
+	for _, id := range []struct {
+		field string
+		value *int
+	}{{"UID", cfg.UID}, {"GID", cfg.GID}} {
+		if id.value != nil && (*id.value < 0 || int64(*id.value) > maxID) {
+			return fmt.Errorf("bad %s %d; want 0..%d, or nil for none", id.field, *id.value, int64(maxID))
+		}
+	}
+
+	lowestMTU := minMTU
+	for _, prefix := range cfg.HostAddrs {
+		addr := prefix.Addr()
+		if !prefix.IsValid() || addr.Is4In6() || addr.IsUnspecified() || addr.IsMulticast() || addr.Zone() != "" {
+			return fmt.Errorf("bad HostAddrs entry %v; want a unicast address and its prefix length, such as 192.0.2.1/24 or 2001:db8::1/64", prefix)
+		}
+		if addr.Is6() {
+			lowestMTU = minMTUIPv6
+		}
+	}
+	if cfg.MTU != 0 && (cfg.MTU < lowestMTU || cfg.MTU > maxMTU) {
+		return fmt.Errorf("bad MTU %d bytes; want %d..%d, or 0 to leave it", cfg.MTU, lowestMTU, maxMTU)
+	}
+	if cfg.TxQueueLen < 0 || cfg.TxQueueLen > maxTxQueueLen {
+		return fmt.Errorf("bad TxQueueLen %d frames; want 1..%d, or 0 for at least %d", cfg.TxQueueLen, maxTxQueueLen, defaultTxQueueLen)
+	}
+	if cfg.Queues == 0 {
+		cfg.Queues = 1
+	}
+	if cfg.Queues < 1 || cfg.Queues > maxTapQueues {
+		return fmt.Errorf("bad Queues %d; want 1..%d, or 0 for 1", cfg.Queues, maxTapQueues)
+	}
+	return nil
+}
+
+// openDevice is OpenDevice without the prefix of its errors.
+func openDevice(cfg DeviceConfig) (_ *Device, err error) {
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	d := &Device{name: cfg.Name}
+	if d.netlink, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return nil, fmt.Errorf("netlink socket: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			_ = d.Close() // the error that matters is the first one
+		}
+	}()
+
+	// Opened before anything is created: this is where most set-ups fail.
+	for range cfg.Queues {
+		q, err := openQueue()
+		if err != nil {
+			return nil, err
+		}
+		d.queues = append(d.queues, q)
+	}
+
+	link, err := d.netlink.LinkByName(cfg.Name)
+	var missing netlink.LinkNotFoundError
+	switch {
+	case errors.As(err, &missing):
+		if err := createPersistent(cfg.Name); err != nil {
+			return nil, err
+		}
+		d.created = true
+	case err != nil:
+		return nil, fmt.Errorf("look up link: %w", err)
+	default:
+		if err := checkExisting(link); err != nil {
+			return nil, err
+		}
+	}
+	if err := d.attach(&cfg); err != nil {
+		return nil, err
+	}
+	if err := d.configure(&cfg); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// createPersistent creates the device, without a queue. It has to outlive the
+// descriptor that makes it, because the first queue that attaches decides the
+// feature bits, and water cannot ask for the vnet header.
+func createPersistent(name string) error {
+	const hint = "it needs CAP_NET_ADMIN, or a device made by an administrator: ip tuntap add dev %s mode tap multi_queue user %d"
+
+	// water keeps its descriptor open when the kernel refuses, so ask only
+	// when there is a chance.
+	if !hasNetAdmin() {
+		return fmt.Errorf("create: %w; "+hint, unix.EPERM, name, os.Geteuid())
+	}
+	device, err := water.New(water.Config{
+		DeviceType: water.TAP,
+		PlatformSpecificParams: water.PlatformSpecificParams{
+			Name:       name,
+			Persist:    true,
+			MultiQueue: true,
+			// The owner is set later: water can only set both user and group.
+		},
+	})
+	if errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("create: %w; "+hint, err, name, os.Geteuid())
+	}
+	if err != nil {
+		return fmt.Errorf("create: %w", err)
+	}
+	if err := device.Close(); err != nil {
+		return fmt.Errorf("create: %w", err)
+	}
+	return nil
+}
+
+// hasNetAdmin reports whether the calling thread has CAP_NET_ADMIN in its
+// user namespace (capabilities(7)).
+func hasNetAdmin() bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var sets [2]unix.CapUserData // capabilities 0..31, then 32..63
+	if err := unix.Capget(&header, &sets[0]); err != nil {
+		return false
+	}
+	return sets[0].Effective&(1<<unix.CAP_NET_ADMIN) != 0
+}
+
+// checkExisting says whether queues can be attached to link, before the
+// kernel says no more than EINVAL.
+func checkExisting(link netlink.Link) error {
+	tap, isTun := link.(*netlink.Tuntap)
+	if !isTun {
+		return fmt.Errorf("the interface exists and is of type %s; want a TAP device, or a free name", link.Type())
+	}
+	if tap.Mode != unix.IFF_TAP {
+		return errors.New("the interface exists and is a TUN device (layer 3); want a TAP device, or a free name")
+	}
+	if tap.Flags&netlink.TUNTAP_MULTI_QUEUE == 0 {
+		return fmt.Errorf("the device was made for a single queue; make it again: ip tuntap add dev %s mode tap multi_queue", tap.Name)
+	}
+	if held := tap.Queues + tap.DisabledQueues; held > 0 {
+		return fmt.Errorf("another process holds %d of the device's queues: %w; want all of them free", held, unix.EBUSY)
+	}
+	return nil
+}
+
+// attach attaches all queues, from number 0, and sets what is the device's
+// but takes a queue to set: persistence, owner, offloads.
+func (d *Device) attach(cfg *DeviceConfig) error {
+	for i, q := range d.queues {
+		if err := q.attach(d.name); err != nil {
+			if d.created && i == 0 {
+				d.deleteUnused()
+			}
+			return explainAttach(i, err)
+		}
+		if d.created && i == 0 {
+			// From here on it goes with its last queue, whatever happens.
+			if err := unix.IoctlSetInt(q.fd, unix.TUNSETPERSIST, 0); err != nil {
+				return os.NewSyscallError("TUNSETPERSIST", err)
+			}
+		}
+	}
+
+	// Somebody may have attached since the first look.
+	tap, err := d.link()
+	if err != nil {
+		return err
+	}
+	if tap.Queues != len(d.queues) {
+		return fmt.Errorf("the device has %d queues after attaching %d, so another process holds some: %w",
+			tap.Queues, len(d.queues), unix.EBUSY)
+	}
+	d.index = tap.Index
+
+	first := d.queues[0]
+	if d.created {
+		for _, id := range []struct {
+			field   string
+			value   *int
+			request uint
+		}{{"UID", cfg.UID, unix.TUNSETOWNER}, {"GID", cfg.GID, unix.TUNSETGROUP}} {
+			if id.value == nil {
+				continue
+			}
+			if err := unix.IoctlSetInt(first.fd, id.request, *id.value); err != nil {
+				return fmt.Errorf("%s %d: %w; want one of this user namespace", id.field, *id.value, err)
+			}
+		}
+	}
+	d.offloads, err = first.setOffloads(cfg.Offload)
+	return err
+}
+
+// explainAttach adds to the kernel's answer what it usually means
+// (tun_set_iff and tun_attach of drivers/net/tun.c).
+func explainAttach(queue int, err error) error {
+	hint := ""
+	switch {
+	case errors.Is(err, unix.EPERM):
+		hint = fmt.Sprintf("; the device belongs to another user or group than uid %d, and CAP_NET_ADMIN is missing", os.Geteuid())
+	case errors.Is(err, unix.E2BIG), errors.Is(err, unix.EBUSY):
+		hint = "; all queues are in use"
+	case errors.Is(err, unix.EINVAL):
+		hint = "; want a TAP device made with multi_queue"
+	}
+	return fmt.Errorf("queue %d: %w%s", queue, err, hint)
+}
+
+// deleteUnused removes a created device that never got a queue.
+func (d *Device) deleteUnused() {
+	tap, err := d.link()
+	if err == nil && tap.Queues == 0 {
+		_ = d.netlink.LinkDel(tap) // nothing is left to try
+	}
+}
+
+// link reads the device's present state.
+func (d *Device) link() (*netlink.Tuntap, error) {
+	link, err := d.netlink.LinkByName(d.name)
+	if err != nil {
+		return nil, fmt.Errorf("look up link: %w", err)
+	}
+	tap, isTun := link.(*netlink.Tuntap)
+	if !isTun {
+		return nil, fmt.Errorf("the interface has become one of type %s; want a TAP device", link.Type())
+	}
+	return tap, nil
+}
+
+// change is one difference between the link as it is and as it should be.
+type change struct {
+	command  string // what an administrator would type
+	optional bool   // no error if we are not permitted
+	do, undo func() error
+}
+
+// configure brings the link to the state cfg wants, or leaves it as it was.
+func (d *Device) configure(cfg *DeviceConfig) (err error) {
+	tap, err := d.link()
+	if err != nil {
+		return err
+	}
+	changes, err := d.differences(cfg, tap)
+	if err != nil {
+		return err
+	}
+
+	if d.created {
+		// Otherwise the link-local address is unusable for the second that
+		// duplicate address detection takes (RFC 4862, section 5.4). On a read-only
+		// /proc/sys it stays so; the addresses in cfg do not depend on it.
+		_ = os.WriteFile("/proc/sys/net/ipv6/conf/"+d.name+"/accept_dad", []byte("0"), 0)
+	}
+	for i, c := range changes {
+		if err := c.do(); err != nil {
+			if c.optional && errors.Is(err, unix.EPERM) {
+				continue
+			}
+			for _, done := range slices.Backward(changes[:i]) {
+				_ = done.undo() // the error that matters is the first one
+			}
+			return c.explain(err)
+		}
+	}
+
+	if tap, err = d.link(); err != nil {
+		return err
+	}
+	d.mtu = tap.MTU
+	d.hostMAC = tap.HardwareAddr
+	if d.created && cfg.Persist {
+		// Last, so that every error before lets the device go.
+		return os.NewSyscallError("TUNSETPERSIST", unix.IoctlSetInt(d.queues[0].fd, unix.TUNSETPERSIST, 1))
+	}
+	return nil
+}
+
+// differences lists what has to change, in the order to do it: addresses last,
+// since an IPv6 address wants its link up with its final MTU.
+func (d *Device) differences(cfg *DeviceConfig, tap *netlink.Tuntap) ([]change, error) {
+	var changes []change
+
+	if cfg.MTU != 0 && tap.MTU != cfg.MTU {
+		changes = append(changes, change{
+			command: fmt.Sprintf("ip link set dev %s mtu %d", d.name, cfg.MTU),
+			do:      func() error { return d.netlink.LinkSetMTU(tap, cfg.MTU) },
+			undo:    func() error { return d.netlink.LinkSetMTU(tap, tap.MTU) },
+		})
+	}
+
+	queueLen, byDefault := cfg.TxQueueLen, cfg.TxQueueLen == 0
+	if byDefault {
+		queueLen = max(tap.TxQLen, defaultTxQueueLen)
+	}
+	if tap.TxQLen != queueLen {
+		changes = append(changes, change{
+			command:  fmt.Sprintf("ip link set dev %s txqueuelen %d", d.name, queueLen),
+			optional: byDefault,
+			do:       func() error { return d.netlink.LinkSetTxQLen(tap, queueLen) },
+			undo:     func() error { return d.netlink.LinkSetTxQLen(tap, tap.TxQLen) },
+		})
+	}
+
+	if tap.Attrs().Flags&net.FlagUp == 0 {
+		changes = append(changes, change{
+			command: fmt.Sprintf("ip link set dev %s up", d.name),
+			do:      func() error { return d.netlink.LinkSetUp(tap) },
+			undo:    func() error { return d.netlink.LinkSetDown(tap) },
+		})
+	}
+
+	present, err := d.hostAddrs(tap)
+	if err != nil {
+		return nil, err
+	}
+	for _, prefix := range cfg.HostAddrs {
+		if slices.Contains(present, prefix) {
+			continue
+		}
+		present = append(present, prefix) // named twice, added once
+		command := fmt.Sprintf("ip addr add %v dev %s", prefix, d.name)
+		addr := &netlink.Addr{IPNet: &net.IPNet{
+			IP:   prefix.Addr().AsSlice(),
+			Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen()),
+		}}
+		if prefix.Addr().Is6() {
+			// Usable at once: nobody else is on this link to have it.
+			addr.Flags = unix.IFA_F_NODAD
+			command += " nodad"
+		}
+		changes = append(changes, change{
+			command: command,
+			do:      func() error { return d.netlink.AddrAdd(tap, addr) },
+			undo:    func() error { return d.netlink.AddrDel(tap, addr) },
+		})
+	}
+	return changes, nil
+}
+
+// hostAddrs returns the addresses the link has.
+func (d *Device) hostAddrs(tap *netlink.Tuntap) ([]netip.Prefix, error) {
+	addrs, err := d.netlink.AddrList(tap, netlink.FAMILY_ALL)
+	// Interrupted: somebody changed addresses meanwhile; the list may lack some.
+	for tries := 0; errors.Is(err, netlink.ErrDumpInterrupted) && tries < 10; tries++ {
+		addrs, err = d.netlink.AddrList(tap, netlink.FAMILY_ALL)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+
+	prefixes := make([]netip.Prefix, 0, len(addrs))
+	for _, addr := range addrs {
+		ip, ok := netip.AddrFromSlice(addr.IP)
+		if !ok {
+			continue
+		}
+		bits, _ := addr.Mask.Size()
+		prefixes = append(prefixes, netip.PrefixFrom(ip.Unmap(), bits))
+	}
+	return prefixes, nil
+}
+
+func (c *change) explain(err error) error {
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return fmt.Errorf("%w; an administrator has to run: %s", err, c.command)
+	case errors.Is(err, unix.EACCES) && strings.HasSuffix(c.command, "nodad"):
+		// inet6_addr_add of net/ipv6/addrconf.c.
+		return fmt.Errorf("%s: %w; IPv6 is switched off on the device (sysctl net.ipv6.conf.*.disable_ipv6)", c.command, err)
+	default:
+		return fmt.Errorf("%s: %w", c.command, err)
+	}
+}

@@ -1,0 +1,246 @@
+package dispatch
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	mathrand "math/rand/v2"
+	"net/netip"
+	"testing"
+
+	"github.com/google/gopacket"
+	"github.com/google/gopacket/layers"
+)
+
+// vector is a case of Microsoft's RSS verification suite.
+type vector struct {
+	src, dst             netip.AddrPort
+	addrsOnly, withPorts uint32
+}
+
+var vectors = []vector{
+	{netip.MustParseAddrPort("66.9.149.187:2794"), netip.MustParseAddrPort("161.142.100.80:1766"), 0x323e8fc2, 0x51ccc178},
+	{netip.MustParseAddrPort("199.92.111.2:14230"), netip.MustParseAddrPort("65.69.140.83:4739"), 0xd718262a, 0xc626b0ea},
+	{netip.MustParseAddrPort("24.19.198.95:12898"), netip.MustParseAddrPort("12.22.207.184:38024"), 0xd2d0a5de, 0x5c2b394a},
+	{netip.MustParseAddrPort("38.27.205.30:48228"), netip.MustParseAddrPort("209.142.163.6:2217"), 0x82989176, 0xafc7327f},
+	{netip.MustParseAddrPort("153.39.163.191:44251"), netip.MustParseAddrPort("202.188.127.2:1303"), 0x5d1809c5, 0x10e828a2},
+	{netip.MustParseAddrPort("[3ffe:2501:200:1fff::7]:2794"), netip.MustParseAddrPort("[3ffe:2501:200:3::1]:1766"), 0x2cc18cd5, 0x40207d3d},
+	{netip.MustParseAddrPort("[3ffe:501:8::260:97ff:fe40:efab]:14230"), netip.MustParseAddrPort("[ff02::1]:4739"), 0x0f0c461c, 0xdde51bbf},
+	{netip.MustParseAddrPort("[3ffe:1900:4545:3:200:f8ff:fe21:67cf]:44251"), netip.MustParseAddrPort("[fe80::200:f8ff:fe21:67cf]:38024"), 0x4b61e985, 0x02d1feef},
+}
+
+// input is the vector as the hash sees it.
+func (v vector) input(ports bool) []byte {
+	b := append(v.src.Addr().AsSlice(), v.dst.Addr().AsSlice()...)
+	if ports {
+		b = binary.BigEndian.AppendUint16(b, v.src.Port())
+		b = binary.BigEndian.AppendUint16(b, v.dst.Port())
+	}
+	return b
+}
+
+// frame is a TCP frame of the vector's flow, or one of a protocol without ports.
+func (v vector) frame(tb testing.TB, ports bool) []byte {
+	tb.Helper()
+	tcp := &layers.TCP{SrcPort: layers.TCPPort(v.src.Port()), DstPort: layers.TCPPort(v.dst.Port()), SYN: true, Window: 1000}
+	proto, rest := layers.IPProtocolTCP, []gopacket.SerializableLayer{tcp, gopacket.Payload("hello")}
+	if !ports {
+		proto, rest = layers.IPProtocol(253), rest[1:] // for experiments, RFC 3692
+	}
+	return serialize(tb, ipLayer(v.src.Addr(), v.dst.Addr(), proto), rest...)
+}
+
+// hashBits is the definition of the hash, bit by bit: for every set bit of the
+// input, the 32 bits of the key that start there.
+func (k Key) hashBits(b []byte) uint32 {
+	var h uint32
+	for i := range len(b) * 8 {
+		if b[i/8]>>(7-i%8)&1 == 0 {
+			continue
+		}
+		for j := range 32 {
+			bit := uint32(k[(i+j)/8]>>(7-(i+j)%8)) & 1
+			h ^= bit << (31 - j)
+		}
+	}
+	return h
+}
+
+func TestVectors(t *testing.T) {
+	toeplitz := NewToeplitz(VerificationKey)
+	for _, v := range vectors {
+		for _, ports := range []bool{false, true} {
+			want := v.addrsOnly
+			if ports {
+				want = v.withPorts
+			}
+			t.Run(fmt.Sprintf("%s/ports=%t", v.src, ports), func(t *testing.T) {
+				if got := toeplitz.Hash(v.input(ports)); got != want {
+					t.Errorf("Hash %08x, want %08x", got, want)
+				}
+				if got := VerificationKey.hashBits(v.input(ports)); got != want {
+					t.Errorf("model %08x, want %08x", got, want)
+				}
+				var p Parsed
+				toeplitz.Parse(v.frame(t, ports), &p)
+				if p.Hash != want || p.Class != ClassFlow {
+					t.Errorf("Parse %08x, class %s, want %08x, class flow", p.Hash, p.Class, want)
+				}
+				got := toeplitz.HashAddrs(v.src.Addr(), v.dst.Addr())
+				if ports {
+					got = toeplitz.HashTuple(Tuple{v.src.Addr(), v.dst.Addr(), v.src.Port(), v.dst.Port()})
+				}
+				if got != want {
+					t.Errorf("by netip.Addr %08x, want %08x", got, want)
+				}
+			})
+		}
+	}
+}
+
+func TestHashMatchesModel(t *testing.T) {
+	k := randomKey(t)
+	toeplitz := NewToeplitz(k)
+	var b [maxInput]byte
+	for n := range 3000 {
+		length := n % (maxInput + 1)
+		if _, err := rand.Read(b[:]); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := toeplitz.Hash(b[:length]), k.hashBits(b[:length]); got != want {
+			t.Fatalf("Hash(%x) = %08x, want %08x, key %x", b[:length], got, want, k)
+		}
+	}
+}
+
+func TestHashTooLong(t *testing.T) {
+	toeplitz := NewToeplitz(VerificationKey)
+	defer func() {
+		if recover() == nil {
+			t.Error("no panic on 37 bytes")
+		}
+	}()
+	toeplitz.Hash(make([]byte, maxInput+1))
+}
+
+func TestHashTupleFamilies(t *testing.T) {
+	toeplitz := NewToeplitz(VerificationKey)
+	v := vectors[0]
+	mapped := netip.AddrFrom16(v.src.Addr().As16())
+	for _, c := range []struct {
+		name     string
+		src, dst netip.Addr
+		want     uint32
+	}{
+		{"IPv4-mapped counts as IPv4", mapped, v.dst.Addr(), v.withPorts},
+		{"two families", netip.MustParseAddr("::1"), v.dst.Addr(), 0},
+		{"no source", netip.Addr{}, v.dst.Addr(), 0},
+		{"no destination", v.src.Addr(), netip.Addr{}, 0},
+	} {
+		if got := toeplitz.HashTuple(Tuple{c.src, c.dst, v.src.Port(), v.dst.Port()}); got != c.want {
+			t.Errorf("%s: %08x, want %08x", c.name, got, c.want)
+		}
+	}
+	zoned := vectors[7]
+	if got := toeplitz.HashTuple(Tuple{zoned.src.Addr(), zoned.dst.Addr().WithZone("tap0"), zoned.src.Port(), zoned.dst.Port()}); got != zoned.withPorts {
+		t.Errorf("with a zone: %08x, want %08x", got, zoned.withPorts)
+	}
+}
+
+func TestNewKeyReachesAllBuckets(t *testing.T) {
+	k := randomKey(t)
+	toeplitz := NewToeplitz(k)
+	rng := mathrand.New(mathrand.NewPCG(7, 7))
+	addrs := [][2]netip.Addr{
+		{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("10.0.0.1")},
+		{netip.MustParseAddr("fe80::2"), netip.MustParseAddr("fe80::1")},
+	}
+	for _, a := range addrs {
+		for _, step := range []int{1, 2} {
+			first := uint16(rng.IntN(65536/256)) * 256
+			other := uint16(rng.Uint32())
+			var bySrc, byDst [Buckets]int
+			for i := range Buckets {
+				port := first + uint16(i*step)
+				bySrc[toeplitz.HashTuple(Tuple{a[0], a[1], port, other})%Buckets]++
+				byDst[toeplitz.HashTuple(Tuple{a[0], a[1], other, port})%Buckets]++
+			}
+			for b := range Buckets {
+				if bySrc[b] != 1 || byDst[b] != 1 {
+					t.Fatalf("%s, ports %d step %d: bucket %d has %d source and %d destination ports, want 1, key %x",
+						a[0], first, step, b, bySrc[b], byDst[b], k)
+				}
+			}
+		}
+	}
+}
+
+func TestReachesAllBuckets(t *testing.T) {
+	var symmetric Key // 16 bits of entropy: only 16 different windows
+	for i := range symmetric {
+		symmetric[i] = []byte{0x6d, 0x5a}[i%2]
+	}
+	good := randomKey(t)
+	spoiled := good
+	clear(spoiled[portsAt6+2:]) // the last port does not count any more
+	for _, c := range []struct {
+		name string
+		k    Key
+		want bool
+	}{
+		{"zero", Key{}, false},
+		{"drawn", good, true},
+		{"without the last port", spoiled, false},
+	} {
+		if got := c.k.ReachesAllBuckets(); got != c.want {
+			t.Errorf("%s: %t, want %t, key %x", c.name, got, c.want, c.k)
+		}
+	}
+	t.Logf("verification key: %t, symmetric key: %t", VerificationKey.ReachesAllBuckets(), symmetric.ReachesAllBuckets())
+}
+
+func TestDrawKey(t *testing.T) {
+	// The first key is useless and has to be drawn again.
+	good := randomKey(t)
+	got, err := drawKey(bytes.NewReader(append(make([]byte, keyLen), good[:]...)))
+	if err != nil || got != good {
+		t.Errorf("drawKey = %x, %v, want the second key %x", got, err, good)
+	}
+	if _, err := drawKey(zeros{}); err == nil {
+		t.Error("drawKey accepted a source of zeros")
+	}
+	if _, err := drawKey(bytes.NewReader(nil)); err == nil || errors.Unwrap(err) == nil {
+		t.Errorf("drawKey from an empty source: error %v, want the reader's", err)
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
+
+func TestHashAllocs(t *testing.T) {
+	toeplitz := NewToeplitz(VerificationKey)
+	b := make([]byte, maxInput)
+	flow := Tuple{vectors[7].src.Addr(), vectors[7].dst.Addr(), 1, 2}
+	var sum uint32
+	if n := testing.AllocsPerRun(100, func() { sum += toeplitz.Hash(b) + toeplitz.HashTuple(flow) }); n != 0 {
+		t.Errorf("%v allocations per run, want 0", n)
+	}
+}
+
+func BenchmarkHash(b *testing.B) {
+	toeplitz := NewToeplitz(VerificationKey)
+	for _, n := range []int{12, 36} {
+		b.Run(fmt.Sprintf("size=%d", n), func(b *testing.B) {
+			in := make([]byte, n)
+			b.SetBytes(int64(n))
+			var sum uint32
+			for b.Loop() {
+				in[n-1]++ // another port each time
+				sum += toeplitz.Hash(in)
+			}
+		})
+	}
+}

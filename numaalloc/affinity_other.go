@@ -1,0 +1,28 @@
+//go:build !linux
+
+package numaalloc
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+)
+
+// AllowedCPUs returns every CPU the Go runtime sees.
+func AllowedCPUs() ([]int, error) {
+	cpus := make([]int, runtime.NumCPU())
+	for i := range cpus {
+		cpus[i] = i
+	}
+	return cpus, nil
+}
+
+// Pin is refused: threads are pinned on Linux only.
+func Pin(cpu int) error {
+	return fmt.Errorf("pin thread to cpu %d: %w on %s", cpu, errors.ErrUnsupported, runtime.GOOS)
+}
+
+// NameThread is refused: threads are named on Linux only.
+func NameThread(name string) error {
+	return fmt.Errorf("name thread %q: %w on %s", name, errors.ErrUnsupported, runtime.GOOS)
+}

@@ -1,0 +1,189 @@
+package shard
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/network/arp"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
+
+	"numastack/dispatch"
+)
+
+// nicID is the only network device of a group's netstack.
+const nicID tcpip.NICID = 1
+
+// answerer is the group that answers ARP requests and neighbor solicitations
+// for all of them.
+const answerer = 0
+
+// Group is a flow group: one gVisor netstack with its device, its clock, its
+// listeners and its connections. Which frames belong to it is fixed for life
+// by the hash; which shard owns it may change.
+//
+// Everything in it is touched by the owner's thread alone.
+type Group struct {
+	id     int
+	shard  *Shard // owner
+	stack  *stack.Stack
+	link   link
+	clock  clock
+	tcp    *inlineTCP
+	active bool // in shard.active
+
+	conns     connList
+	listeners map[*listenerPart]struct{}
+	sockets   map[*Socket]struct{}
+	frames    uint64 // delivered
+}
+
+func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
+	cfg := &s.set.cfg
+	g := &Group{
+		id:        id,
+		shard:     s,
+		listeners: make(map[*listenerPart]struct{}),
+		sockets:   make(map[*Socket]struct{}),
+	}
+	g.clock = clock{start: start, now: &s.now, earliest: &s.earliest}
+	g.link = link{
+		g:     g,
+		mtu:   uint32(cfg.MTU),
+		mac:   tcpip.LinkAddress(cfg.MAC),
+		gso:   cfg.GSO,
+		muted: id != answerer,
+	}
+	g.conns.init()
+	g.stack = stack.New(stack.Options{
+		Clock: &g.clock,
+		NetworkProtocols: []stack.NetworkProtocolFactory{
+			ipv4.NewProtocol,
+			// The addresses are given, not negotiated: no duplicate address
+			// detection (it would trip over the other groups), no router
+			// advertisements, no link-local address.
+			ipv6.NewProtocolWithOptions(ipv6.Options{
+				NDPConfigs: ipv6.NDPConfigurations{HandleRAs: ipv6.HandlingRAsDisabled},
+				DADConfigs: stack.DADConfigurations{DupAddrDetectTransmits: 0},
+			}),
+			arp.NewProtocol,
+		},
+		TransportProtocols: []stack.TransportProtocolFactory{
+			func(st *stack.Stack) stack.TransportProtocol {
+				g.tcp = newInlineTCP(g, st)
+				return g.tcp
+			},
+			udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
+		},
+	})
+	g.tcp.stats = g.stack.Stats().TCP
+	if err := g.stack.CreateNICWithOptions(nicID, &g.link, stack.NICOptions{Name: "tap"}); err != nil {
+		return nil, fmt.Errorf("create device of group %d: %s", id, err)
+	}
+	var routes []tcpip.Route
+	for _, p := range cfg.Addrs {
+		addr := tcpip.ProtocolAddress{
+			Protocol:          networkProtocol(p.Addr()),
+			AddressWithPrefix: tcpip.AddressWithPrefix{Address: tcpipAddress(p.Addr()), PrefixLen: p.Bits()},
+		}
+		if err := g.stack.AddProtocolAddress(nicID, addr, stack.AddressProperties{}); err != nil {
+			return nil, fmt.Errorf("add address %v to group %d: %s", p, id, err)
+		}
+		routes = append(routes, tcpip.Route{Destination: addr.AddressWithPrefix.Subnet(), NIC: nicID})
+	}
+	for _, gw := range cfg.Gateways {
+		destination := header.IPv4EmptySubnet
+		if gw.Is6() {
+			destination = header.IPv6EmptySubnet
+		}
+		routes = append(routes, tcpip.Route{Destination: destination, Gateway: tcpipAddress(gw), NIC: nicID})
+	}
+	g.stack.SetRouteTable(routes)
+	return g, nil
+}
+
+// activate puts the group on the shard's list of groups whose TCP has work.
+func (g *Group) activate() {
+	if !g.active {
+		g.active = true
+		g.shard.active = append(g.shard.active, g)
+	}
+}
+
+// deliver hands one received frame to the netstack. frame begins with the
+// Ethernet header; when holder is not nil, frame lies in it from offset on and
+// a large payload is lent to the netstack instead of copied.
+func (g *Group) deliver(vnet *dispatch.VnetHeader, p *dispatch.Parsed, frame []byte, holder *buffer.View, offset int) {
+	g.frames++
+	var packet buffer.Buffer
+	if payload := p.Length - int(p.Payload); p.Payload != 0 && payload > rxCopyLimit && holder != nil {
+		// gVisor copies a shared view when it parses headers in it, so they
+		// get a small one of their own.
+		packet = buffer.MakeWithView(buffer.NewViewWithData(frame[ethernetLen:p.Payload]))
+		lent := holder.Clone()
+		lent.TrimFront(offset + int(p.Payload))
+		lent.CapLength(payload)
+		_ = packet.Append(lent) // fails only when it copies, and it has room
+	} else {
+		packet = buffer.MakeWithView(buffer.NewViewWithData(frame[ethernetLen:p.Length]))
+	}
+	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: packet})
+	g.link.vouched = vnet.Flags&(dispatch.VnetNeedsCsum|dispatch.VnetDataValid) != 0
+	g.link.dispatcher.DeliverNetworkPacket(protocolOf(frame), pkt)
+	pkt.DecRef()
+}
+
+// protocolOf returns the EtherType of a frame that was parsed before.
+func protocolOf(frame []byte) tcpip.NetworkProtocolNumber {
+	return header.Ethernet(frame).Type()
+}
+
+func networkProtocol(a netip.Addr) tcpip.NetworkProtocolNumber {
+	if a.Is4() {
+		return header.IPv4ProtocolNumber
+	}
+	return header.IPv6ProtocolNumber
+}
+
+func tcpipAddress(a netip.Addr) tcpip.Address {
+	switch {
+	case !a.IsValid():
+		return tcpip.Address{}
+	case a.Is4():
+		return tcpip.AddrFrom4(a.As4())
+	default:
+		return tcpip.AddrFrom16(a.As16())
+	}
+}
+
+func fullAddress(a netip.AddrPort) tcpip.FullAddress {
+	addr := tcpipAddress(a.Addr())
+	if a.Addr().IsUnspecified() {
+		addr = tcpip.Address{}
+	}
+	return tcpip.FullAddress{Addr: addr, Port: a.Port()}
+}
+
+func addrPort(a tcpip.FullAddress) netip.AddrPort {
+	addr, _ := netip.AddrFromSlice(a.Addr.AsSlice())
+	return netip.AddrPortFrom(addr, a.Port)
+}
+
+// counters copies what the netstack has counted.
+func (g *Group) counters() GroupCounters {
+	stats := g.stack.Stats()
+	return GroupCounters{
+		Group:          g.id,
+		Frames:         g.frames,
+		ChecksumErrors: stats.TCP.ChecksumErrors.Value(),
+		Retransmits:    stats.TCP.Retransmits.Value(),
+		SegmentsLost:   stats.DroppedPackets.Value(),
+	}
+}

@@ -1,0 +1,120 @@
+package shard
+
+// This file is the only place that reaches into gVisor's transport/tcp and
+// pkg/buffer. Why: gVisor hands every received segment to one of GOMAXPROCS
+// processor goroutines per netstack, so that a connection's TCP state, its
+// ACKs and its application never stay on one thread. We enqueue a segment on
+// its endpoint ourselves and run the endpoint's own segment handlers on the
+// shard's thread instead (tcp/dispatcher.go, processor.start, is the model).
+//
+// What it assumes, checked by init and by TestInlineTCP for the version of
+// gVisor that go.mod pins:
+//   - the functions below exist with these signatures;
+//   - tcp.Endpoint has a field segmentQueue of type segmentQueue;
+//   - tcp.protocol has a field dispatcher with a slice processors, whose
+//     elements begin with a queue of endpoints named epQ;
+//   - buffer.View has a method sharesChunk.
+//
+// What would end the need: an option of gVisor's TCP to process segments in
+// the calling goroutine, and a public way to ask whether a View is shared.
+
+import (
+	"fmt"
+	"reflect"
+	"unsafe"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+)
+
+// tcpSegment stands for gVisor's unexported tcp.segment.
+type tcpSegment struct{ _ byte }
+
+//go:linkname newIncomingSegment gvisor.dev/gvisor/pkg/tcpip/transport/tcp.newIncomingSegment
+func newIncomingSegment(id stack.TransportEndpointID, clock tcpip.Clock, pkt *stack.PacketBuffer) (*tcpSegment, error)
+
+//go:linkname segmentDecRef gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*segment).DecRef
+func segmentDecRef(s *tcpSegment)
+
+//go:linkname enqueueSegment gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).enqueueSegment
+func enqueueSegment(e *tcp.Endpoint, s *tcpSegment) bool
+
+//go:linkname drainClosingSegmentQueue gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).drainClosingSegmentQueue
+func drainClosingSegmentQueue(e *tcp.Endpoint)
+
+//go:linkname handleConnecting gvisor.dev/gvisor/pkg/tcpip/transport/tcp.handleConnecting
+func handleConnecting(e *tcp.Endpoint)
+
+//go:linkname handleConnected gvisor.dev/gvisor/pkg/tcpip/transport/tcp.handleConnected
+func handleConnected(e *tcp.Endpoint)
+
+//go:linkname handleTimeWait gvisor.dev/gvisor/pkg/tcpip/transport/tcp.handleTimeWait
+func handleTimeWait(e *tcp.Endpoint)
+
+//go:linkname handleListen gvisor.dev/gvisor/pkg/tcpip/transport/tcp.handleListen
+func handleListen(e *tcp.Endpoint)
+
+//go:linkname segmentQueueEmpty gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*segmentQueue).empty
+func segmentQueueEmpty(q unsafe.Pointer) bool
+
+//go:linkname epQueueDequeue gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*epQueue).dequeue
+func epQueueDequeue(q unsafe.Pointer) *tcp.Endpoint
+
+//go:linkname viewSharesChunk gvisor.dev/gvisor/pkg/buffer.(*View).sharesChunk
+func viewSharesChunk(v *buffer.View) bool
+
+var _, segmentQueueOffset = field(reflect.TypeFor[tcp.Endpoint](), "segmentQueue", "tcp.segmentQueue")
+
+// field returns the type of t's field name and where t keeps it, and panics
+// when the pinned gVisor no longer has it: every connection depends on it.
+func field(t reflect.Type, name, typ string) (reflect.Type, uintptr) {
+	f, ok := t.FieldByName(name)
+	if !ok || f.Type.String() != typ {
+		panic(fmt.Sprintf("shard: gVisor's %v has no field %s of type %s: the pinned version changed, see inline_unsafe.go", t, name, typ))
+	}
+	return f.Type, f.Offset
+}
+
+// segmentsQueued reports whether e holds segments that were not processed.
+func segmentsQueued(e *tcp.Endpoint) bool {
+	return !segmentQueueEmpty(unsafe.Add(unsafe.Pointer(e), segmentQueueOffset))
+}
+
+// strayQueue is the endpoint queue of one of gVisor's closed processors.
+// gVisor still fills it when it re-queues an endpoint by itself.
+type strayQueue struct {
+	queue unsafe.Pointer  // *tcp.epQueue
+	head  *unsafe.Pointer // its first endpoint, nil when empty
+}
+
+// pop returns the next endpoint, or nil. Looking at the head first spares two
+// mutexes per turn; nobody else touches the queue.
+func (q strayQueue) pop() *tcp.Endpoint {
+	if *q.head == nil {
+		return nil
+	}
+	return epQueueDequeue(q.queue)
+}
+
+// strayQueues returns the queues of proto's processors.
+func strayQueues(proto stack.TransportProtocol) []strayQueue {
+	v := reflect.ValueOf(proto)
+	dispatcher, dispatcherOffset := field(v.Type().Elem(), "dispatcher", "tcp.dispatcher")
+	processors, processorsOffset := field(dispatcher, "processors", "[]tcp.processor")
+	epQ, epQOffset := field(processors.Elem(), "epQ", "tcp.epQueue")
+	list, listOffset := field(epQ, "list", "tcp.endpointList")
+	_, headOffset := field(list, "head", "*tcp.Endpoint")
+
+	// A slice header starts with the pointer to its first element; its length
+	// follows.
+	header := unsafe.Add(v.UnsafePointer(), dispatcherOffset+processorsOffset)
+	first := *(*unsafe.Pointer)(header)
+	queues := make([]strayQueue, *(*int)(unsafe.Add(header, unsafe.Sizeof(first))))
+	for i := range queues {
+		q := unsafe.Add(first, uintptr(i)*processors.Elem().Size()+epQOffset)
+		queues[i] = strayQueue{queue: q, head: (*unsafe.Pointer)(unsafe.Add(q, listOffset+headOffset))}
+	}
+	return queues
+}

@@ -1,0 +1,1 @@
+// Empty: lets inline_unsafe.go declare functions without a body.

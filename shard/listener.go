@@ -1,0 +1,156 @@
+package shard
+
+import (
+	"net/netip"
+	"sync"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// acceptBudget is how many connections of one group's listener are accepted in
+// a turn.
+const acceptBudget = 64
+
+// Listener accepts TCP connections in every flow group.
+type Listener struct {
+	set   *Set
+	addr  netip.AddrPort
+	close sync.Once
+	parts [][]*listenerPart // by group; each owned by the group's thread
+}
+
+// listenerPart is the listening endpoint of one group.
+type listenerPart struct {
+	g      *Group
+	ep     tcpip.Endpoint
+	wq     waiter.Queue
+	entry  waiter.Entry
+	h      Handler
+	queued bool
+	closed bool
+}
+
+// Listen gives the connections that arrive at port of one of addrs to h. An
+// unspecified address means every address of its family; port 0 chooses one.
+// It may be called from any goroutine but a shard's.
+func (set *Set) Listen(addrs []netip.Addr, port uint16, backlog int, h Handler) (*Listener, error) {
+	l := &Listener{set: set, addr: reportedAddr(addrs, port), parts: make([][]*listenerPart, len(set.groups))}
+	for id := range set.groups {
+		err := set.doGroup(id, func(g *Group) error {
+			for _, a := range addrs {
+				p, err := g.listen(netip.AddrPortFrom(a, l.addr.Port()), backlog, h)
+				if err != nil {
+					return err
+				}
+				l.parts[id] = append(l.parts[id], p)
+				// The first group chooses port 0; the others follow.
+				local, _ := p.ep.GetLocalAddress() // a bound endpoint has one
+				l.addr = netip.AddrPortFrom(l.addr.Addr(), local.Port)
+			}
+			return nil
+		})
+		if err != nil {
+			l.Close()
+			return nil, opError("listen", "tcp", netip.AddrPort{}, l.addr, err)
+		}
+	}
+	return l, nil
+}
+
+// reportedAddr is how a listener on several addresses calls itself.
+func reportedAddr(addrs []netip.Addr, port uint16) netip.AddrPort {
+	if len(addrs) == 1 {
+		return netip.AddrPortFrom(addrs[0], port)
+	}
+	return netip.AddrPortFrom(netip.IPv6Unspecified(), port)
+}
+
+// Addr returns the address that the listener listens on.
+func (l *Listener) Addr() netip.AddrPort { return l.addr }
+
+// Close stops accepting; connections that were accepted go on. It may be
+// called from any goroutine but a shard's.
+func (l *Listener) Close() {
+	l.close.Do(func() {
+		for id := range l.parts {
+			_ = l.set.doGroup(id, func(*Group) error { // a set that has ended has none
+				for _, p := range l.parts[id] {
+					p.close()
+				}
+				return nil
+			})
+		}
+	})
+}
+
+func (g *Group) listen(addr netip.AddrPort, backlog int, h Handler) (*listenerPart, error) {
+	p := &listenerPart{g: g, h: h}
+	ep, terr := g.stack.NewEndpoint(tcp.ProtocolNumber, networkProtocol(addr.Addr()), &p.wq)
+	if terr != nil {
+		return nil, errno(terr)
+	}
+	if networkProtocol(addr.Addr()) == ipv6.ProtocolNumber {
+		ep.SocketOptions().SetV6Only(true)
+	}
+	// Like every listener of package net: a restarted server binds although
+	// connections of the old one are in TIME_WAIT.
+	ep.SocketOptions().SetReuseAddress(true)
+	terr = ep.Bind(fullAddress(addr))
+	if terr == nil {
+		terr = ep.Listen(backlog)
+	}
+	if terr != nil {
+		ep.Close()
+		return nil, errno(terr)
+	}
+	p.ep = ep
+	p.entry.Init(p, waiter.ReadableEvents)
+	p.wq.EventRegister(&p.entry)
+	g.listeners[p] = struct{}{}
+	return p, nil
+}
+
+// NotifyEvent implements waiter.EventListener.
+func (p *listenerPart) NotifyEvent(waiter.EventMask) {
+	if !p.queued && !p.closed {
+		p.queued = true
+		p.g.shard.ready = append(p.g.shard.ready, p)
+	}
+}
+
+// serve accepts what is waiting and runs the first events of each connection.
+func (p *listenerPart) serve(s *Shard) {
+	p.queued = false
+	for range acceptBudget {
+		if p.closed {
+			return
+		}
+		ep, wq, err := p.ep.Accept(nil)
+		if err != nil {
+			return // nothing waits
+		}
+		if s.counters.ConnsOpen >= uint64(s.set.cfg.MaxConns) {
+			s.counters.ConnsRefused++
+			ep.SocketOptions().SetLinger(tcpip.LingerOption{Enabled: true})
+			ep.Close()
+			continue
+		}
+		s.counters.ConnsAccepted++
+		c := p.g.newConn(ep, wq, p.h)
+		c.setAddrs()
+		c.serve(s)
+	}
+	p.NotifyEvent(waiter.ReadableEvents)
+}
+
+func (p *listenerPart) close() {
+	if !p.closed {
+		p.closed = true
+		delete(p.g.listeners, p)
+		p.wq.EventUnregister(&p.entry)
+		p.ep.Close()
+	}
+}

@@ -1,0 +1,298 @@
+package shard
+
+import (
+	"crypto/rand"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"numastack/dispatch"
+	"numastack/numaalloc"
+)
+
+// ErrClosed is returned for calls to a Set that was closed, or whose device is
+// gone. It matches net.ErrClosed.
+var ErrClosed = fmt.Errorf("numastack: stack is closed: %w", net.ErrClosed)
+
+// Limits of the rings between shards, in frames. All rings into one shard
+// share what is left when there are many shards.
+const (
+	ringFrames    = 4096
+	ringMinFrames = 64
+	ringMaxFrames = 1024
+)
+
+// Config is what the shards of one stack share. All fields are required
+// unless they say otherwise; package stack has defaults and checks them.
+type Config struct {
+	Device    string // name of the TAP, for messages
+	Queues    []*dispatch.Queue
+	MAC       net.HardwareAddr // the stack's; nil draws a random one
+	MTU       int              // bytes of an IP packet
+	GSO       bool             // the kernel takes TCP super-frames
+	CPUs      []int            // by shard
+	Groups    int
+	Key       dispatch.Key
+	Addrs     []netip.Prefix // the stack's addresses
+	Gateways  []netip.Addr   // default routes; may be empty
+	Spin      time.Duration  // how long an idle shard looks for work before it blocks
+	RxBuffers int            // receive buffers per shard
+	MaxConns  int            // connections per shard
+	Drain     time.Duration  // how long Close lets connections say goodbye
+	Logger    *slog.Logger
+}
+
+// Set is the shards of one stack, what they share, and the control plane that
+// reaches them from other goroutines.
+type Set struct {
+	cfg      Config // immutable after New
+	mac      [6]byte
+	start    time.Time
+	toeplitz *dispatch.Toeplitz
+	reta     *dispatch.RETA
+	shards   []*Shard
+	groups   []*Group // made by their shards before the loops begin
+
+	begin    chan struct{} // closed when all shards are set up
+	running  sync.WaitGroup
+	stop     sync.Once
+	doneOnce sync.Once
+	done     chan struct{} // closed when the device is lost or the set closed
+	failure  atomic.Pointer[error]
+	ended    chan struct{} // closed after the last thread
+	final    []Counters    // the last ones, once ended
+
+	dials atomic.Uint32 // spreads dials over groups
+}
+
+// New makes the shards, one per queue, and starts their threads.
+func New(cfg Config) (*Set, error) {
+	if cfg.MAC == nil {
+		cfg.MAC = make(net.HardwareAddr, 6)
+		if _, err := rand.Read(cfg.MAC); err != nil {
+			return nil, fmt.Errorf("draw a MAC address: %w", err)
+		}
+		cfg.MAC[0] = cfg.MAC[0]&^1 | 2 // unicast, locally administered
+	}
+	reta, err := dispatch.NewRETA(cfg.Groups, len(cfg.Queues))
+	if err != nil {
+		return nil, err
+	}
+	set := &Set{
+		cfg:      cfg,
+		mac:      [6]byte(cfg.MAC),
+		start:    time.Now(), //nolint:forbidigo // the origin of all shards' clocks
+		toeplitz: dispatch.NewToeplitz(cfg.Key),
+		reta:     reta,
+		groups:   make([]*Group, cfg.Groups),
+		begin:    make(chan struct{}),
+		done:     make(chan struct{}),
+		ended:    make(chan struct{}),
+	}
+	for id, queue := range cfg.Queues {
+		s, err := set.newShard(id, queue)
+		if err != nil {
+			set.closeEventFDs()
+			return nil, err
+		}
+		set.shards = append(set.shards, s)
+	}
+	for i, s := range set.shards {
+		set.running.Add(1)
+		if err := s.start(); err != nil {
+			for _, started := range set.shards[:i] {
+				started.stopping = true // its thread reads it after begin is closed
+			}
+			close(set.begin)
+			set.running.Wait()
+			set.closeEventFDs()
+			return nil, err
+		}
+	}
+	close(set.begin)
+	return set, nil
+}
+
+func (set *Set) newShard(id int, queue *dispatch.Queue) (*Shard, error) {
+	cpu := set.cfg.CPUs[id]
+	node, err := numaalloc.NodeOf(cpu)
+	if err != nil {
+		return nil, fmt.Errorf("shard %d: %w", id, err)
+	}
+	fd, err := newEventFD()
+	if err != nil {
+		return nil, fmt.Errorf("shard %d: %w", id, err)
+	}
+	n := len(set.cfg.Queues)
+	s := &Shard{
+		id: id, cpu: cpu, node: node,
+		set: set, queue: queue, eventFD: fd,
+		log:   set.cfg.Logger.With("shard", id),
+		spin:  int64(set.cfg.Spin),
+		inbox: make([]*dispatch.Ring[handover], n),
+	}
+	for from := range s.inbox {
+		if from == id {
+			continue
+		}
+		if s.inbox[from], err = dispatch.NewRing[handover](ringSize(n)); err != nil {
+			return nil, fmt.Errorf("shard %d: %w", id, err)
+		}
+	}
+	return s, nil
+}
+
+// ringSize returns how many frames a ring between two of n shards holds: a
+// power of two.
+func ringSize(n int) int {
+	size := ringMaxFrames
+	for size > ringMinFrames && size*n > ringFrames {
+		size /= 2
+	}
+	return size
+}
+
+func (set *Set) closeEventFDs() {
+	for _, s := range set.shards {
+		_ = unix.Close(s.eventFD)
+	}
+}
+
+// doGroup runs f on the thread that owns the group, waits for it and returns
+// its error, or ErrClosed when the shard has ended.
+func (set *Set) doGroup(id int, f func(g *Group) error) error {
+	err := ErrClosed
+	set.shards[set.reta.Owner(id)].do(func(*Shard) { err = f(set.groups[id]) })
+	return err
+}
+
+// RETA returns the indirection table.
+func (set *Set) RETA() *dispatch.RETA { return set.reta }
+
+// MAC returns the stack's link address.
+func (set *Set) MAC() net.HardwareAddr { return set.cfg.MAC }
+
+// Stats returns a copy of every shard's counters. After Close it returns the
+// last ones.
+func (set *Set) Stats() []Counters {
+	all := make([]Counters, len(set.shards))
+	for i, s := range set.shards {
+		if !s.do(func(s *Shard) { all[i] = s.count() }) {
+			<-set.ended
+			return set.final
+		}
+	}
+	return all
+}
+
+// Done is closed when the stack was closed or its device is gone.
+func (set *Set) Done() <-chan struct{} { return set.done }
+
+// Err returns why Done was closed: nil after Close.
+func (set *Set) Err() error {
+	if p := set.failure.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// fail ends all connections because the device is gone. Called by the shard
+// that found out; the first one wins.
+func (set *Set) fail(err error) {
+	if !set.failure.CompareAndSwap(nil, &err) {
+		return
+	}
+	set.cfg.Logger.Error("device lost, connections end", "error", err)
+	for _, s := range set.shards {
+		s.post(taskFunc((*Shard).lose))
+	}
+	set.doneOnce.Do(func() { close(set.done) })
+}
+
+// lose ends the shard's connections after the device has gone.
+func (s *Shard) lose() {
+	s.deviceGone = true
+	for _, g := range s.groups {
+		for c := range g.conns.all {
+			c.closing, c.abort = true, true
+			c.finish(unix.ENETDOWN)
+		}
+	}
+}
+
+// Close says goodbye to all peers, waits until what was written has reached
+// them or the drain time is over, and ends the threads. It is idempotent, and
+// waits also for a Close that another goroutine has begun.
+func (set *Set) Close() {
+	set.stop.Do(func() {
+		for _, s := range set.shards {
+			s.do((*Shard).farewell)
+		}
+		for deadline := time.After(set.cfg.Drain); set.Err() == nil && set.lingering(); {
+			select {
+			case <-deadline:
+			case <-time.After(drainPoll):
+				continue
+			}
+			break
+		}
+		set.final = make([]Counters, len(set.shards))
+		for i, s := range set.shards {
+			s.do(func(s *Shard) {
+				s.stopping = true
+				set.final[i] = s.count()
+			})
+		}
+		set.running.Wait()
+		set.closeEventFDs()
+		set.doneOnce.Do(func() { close(set.done) })
+		close(set.ended)
+	})
+	<-set.ended
+}
+
+// drainPoll is how often Close looks whether all peers have answered.
+const drainPoll = 2 * time.Millisecond
+
+// farewell closes everything that the shard's groups hold.
+func (s *Shard) farewell() {
+	for _, g := range s.groups {
+		for l := range g.listeners {
+			l.close()
+		}
+		for u := range g.sockets {
+			u.shut()
+		}
+		for c := range g.conns.all {
+			c.closing = true
+			c.finish(net.ErrClosed)
+		}
+	}
+}
+
+// lingering reports whether a connection that was closed still has something
+// to send, or waits for the peer to acknowledge it.
+func (set *Set) lingering() (found bool) {
+	for _, s := range set.shards {
+		s.do(func(s *Shard) {
+			for _, g := range s.groups {
+				for _, ep := range g.stack.RegisteredEndpoints() {
+					if ep, ok := ep.(*tcp.Endpoint); ok {
+						switch tcp.EndpointState(ep.State()) {
+						case tcp.StateFinWait1, tcp.StateClosing, tcp.StateLastAck:
+							found = true
+						}
+					}
+				}
+			}
+		})
+	}
+	return found
+}

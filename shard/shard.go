@@ -1,0 +1,180 @@
+package shard
+
+import (
+	"fmt"
+	"log/slog"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/buffer"
+
+	"numastack/dispatch"
+	"numastack/numaalloc"
+)
+
+// Shard is one locked OS thread with its TAP queue, its receive buffers, its
+// inbox rings and the flow groups it owns.
+type Shard struct {
+	// Immutable after start.
+	id, cpu, node int
+	set           *Set
+	log           *slog.Logger
+	queue         *dispatch.Queue
+	inbox         []*dispatch.Ring[handover] // by sending shard; nil for itself
+	eventFD       int
+	spin          int64 // nanoseconds
+
+	// Any thread.
+	_      [64]byte // keeps other threads' writes away from the loop's fields
+	mail   mailbox
+	parked atomic.Bool // true only while the thread waits, or is about to
+	_      [64]byte
+
+	// Owned by the shard's thread.
+	clockBase  time.Time
+	now        int64 // nanoseconds since clockBase, read once per turn
+	lastWork   int64 // now of the last turn that did work
+	earliest   int64 // no timer of its groups is due before
+	groups     []*Group
+	active     []*Group // groups whose TCP has work in this turn
+	ready      []readyTask
+	readyNext  []readyTask
+	tx         *txQueue
+	rx         rxBuffers
+	wakeList   []*Shard // shards that got a frame in this burst
+	scratch    *scratch
+	stopping   bool // leave the loop
+	deviceGone bool // leave the queue alone
+	counters   Counters
+	dropped    [dropEnd]uint64
+}
+
+// handover is a frame on its way to the shard that owns its group. The view
+// is a reference of its own and belongs to whoever pops the handover.
+type handover struct {
+	vnet   dispatch.VnetHeader
+	parsed dispatch.Parsed
+	view   *buffer.View
+	offset int    // of frame in view
+	frame  []byte // from the Ethernet header on
+}
+
+// readyTask is a connection, listener or socket with something to do. serve
+// runs in the application's step of the turn.
+type readyTask interface{ serve(s *Shard) }
+
+// Reasons to drop a frame beyond the parser's classes.
+const (
+	dropOtherHost = int(dispatch.NumClasses) + iota
+	dropVnet
+	dropEnd
+)
+
+func dropCause(i int) string {
+	switch i {
+	case dropOtherHost:
+		return "other_host"
+	case dropVnet:
+		return "bad_vnet_header"
+	default:
+		return dispatch.Class(i).String()
+	}
+}
+
+// start makes the shard's thread and its groups, and returns when it is ready
+// to run its loop.
+func (s *Shard) start() error {
+	ready := make(chan error)
+	go s.thread(ready)
+	return <-ready
+}
+
+func (s *Shard) thread(ready chan<- error) {
+	// Never unlocked: the thread is pinned and named, so it ends with the
+	// goroutine instead of going back to the runtime's pool.
+	runtime.LockOSThread()
+	defer s.set.running.Done()
+	if err := s.setup(); err != nil {
+		s.teardown()
+		ready <- err
+		return
+	}
+	ready <- nil
+	<-s.set.begin
+	s.loop()
+	s.teardown()
+}
+
+func (s *Shard) setup() error {
+	if err := numaalloc.Pin(s.cpu); err != nil {
+		return fmt.Errorf("shard %d: %w", s.id, err)
+	}
+	_ = numaalloc.NameThread(fmt.Sprintf("numastack/%d", s.id)) // cosmetic
+	// Made here, so that the memory is first touched on the shard's node.
+	s.clockBase = s.set.start
+	s.now = int64(time.Since(s.clockBase))
+	s.earliest = never
+	s.rx = newRxBuffers(s.set.cfg.RxBuffers)
+	s.tx = newTxQueue(s.queue, &s.counters)
+	s.scratch = new(scratch)
+	for id := range s.set.reta.Groups() {
+		if s.set.reta.Owner(id) != s.id {
+			continue
+		}
+		g, err := newGroup(id, s, s.clockBase)
+		if err != nil {
+			return err
+		}
+		s.groups = append(s.groups, g)
+		s.set.groups[id] = g
+	}
+	return nil
+}
+
+func (s *Shard) teardown() {
+	s.mail.close(s)
+	for _, g := range s.groups {
+		g.stack.Destroy()
+	}
+	if s.tx != nil {
+		s.tx.flush()
+	}
+	for _, ring := range s.inbox {
+		for ring != nil {
+			h, ok := ring.Pop()
+			if !ok {
+				break
+			}
+			h.view.Release()
+		}
+	}
+}
+
+// count copies the counters. Called on the shard's thread.
+func (s *Shard) count() Counters {
+	c := s.counters
+	c.Shard, c.CPU, c.Node = s.id, s.cpu, s.node
+	c.DroppedByCause = make(map[string]uint64)
+	for i, n := range s.dropped {
+		if n > 0 {
+			c.Dropped += n
+			c.DroppedByCause[dropCause(i)] += n
+		}
+	}
+	c.Buffers = uint64(s.rx.made)
+	c.BuffersLent = uint64(len(s.rx.lent))
+	for _, g := range s.groups {
+		c.Groups = append(c.Groups, g.counters())
+	}
+	return c
+}
+
+func newEventFD() (int, error) {
+	fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("create eventfd: %w", err)
+	}
+	return fd, nil
+}

@@ -1,0 +1,60 @@
+package shard
+
+// Counters is what one shard has counted since it started. The shard's thread
+// writes it without synchronisation; others get a copy (Set.Stats).
+type Counters struct {
+	Shard int `json:"shard"`
+	CPU   int `json:"cpu"`
+	Node  int `json:"node"` // NUMA node of CPU
+
+	RxFrames uint64 `json:"rx_frames"` // read from the shard's TAP queue
+	RxBytes  uint64 `json:"rx_bytes"`  // the same, from the Ethernet header on
+	TxFrames uint64 `json:"tx_frames"` // written; a GSO frame counts once
+	TxBytes  uint64 `json:"tx_bytes"`
+	TxErrors uint64 `json:"tx_errors"` // frames that the TAP refused: lost
+
+	Missteered uint64 `json:"missteered"` // flow frames read here, owned by another shard
+	Forwarded  uint64 `json:"forwarded"`  // frames pushed to another shard's ring
+	RingFull   uint64 `json:"ring_full"`  // frames lost because that ring was full
+	Received   uint64 `json:"received"`   // frames taken from this shard's own rings
+
+	Dropped        uint64            `json:"dropped"` // sum of DroppedByCause
+	DroppedByCause map[string]uint64 `json:"dropped_by_cause,omitempty"`
+
+	AcksSuperseded uint64 `json:"acks_superseded"` // pure ACKs that a later segment of the burst made needless
+
+	Turns       uint64 `json:"turns"`        // passes of the loop that did work
+	Wakes       uint64 `json:"wakes"`        // returns from a blocking wait
+	TimersFired uint64 `json:"timers_fired"` // netstack timers run
+
+	ConnsOpen     uint64 `json:"conns_open"`     // connections that exist now
+	ConnsAccepted uint64 `json:"conns_accepted"` // ever
+	ConnsDialed   uint64 `json:"conns_dialed"`   // ever
+	ConnsRefused  uint64 `json:"conns_refused"`  // reset because a limit was reached
+
+	DatagramsDropped uint64 `json:"datagrams_dropped"` // UDP, receiver too slow
+
+	Buffers          uint64 `json:"buffers"`           // receive buffers made
+	BuffersLent      uint64 `json:"buffers_lent"`      // of those, held by connections now
+	BuffersExhausted uint64 `json:"buffers_exhausted"` // large frames copied because no buffer was free
+
+	Groups []GroupCounters `json:"groups"` // flow groups that the shard owns now
+}
+
+// GroupCounters is what one flow group's netstack has counted.
+type GroupCounters struct {
+	Group          int    `json:"group"`
+	Frames         uint64 `json:"frames"` // delivered to the group
+	ChecksumErrors uint64 `json:"checksum_errors"`
+	Retransmits    uint64 `json:"retransmits"`
+	SegmentsLost   uint64 `json:"segments_dropped"` // dropped by gVisor, a full receive buffer for one
+}
+
+// FramesPerWake is the number of frames that a return from a blocking wait
+// brought on average, or 0 before the first one.
+func (c *Counters) FramesPerWake() float64 {
+	if c.Wakes == 0 {
+		return 0
+	}
+	return float64(c.RxFrames) / float64(c.Wakes)
+}

@@ -1,0 +1,187 @@
+package shard
+
+import (
+	"syscall"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/seqnum"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"numastack/dispatch"
+)
+
+const (
+	// txBurst is how many frames wait at most for the flush at the end of the
+	// turn; the queue is flushed early when it is full.
+	txBurst = 256
+
+	// txCopyLimit is the size in bytes up to which a frame is gathered into
+	// one piece: for a short one that costs less than the kernel's walk over
+	// an iovec.
+	txCopyLimit = 2048
+
+	// ackSlots is the number of flows whose pure ACK is remembered during a
+	// burst; a flow that shares its slot with another merely keeps its ACK.
+	ackSlots = 256
+)
+
+// txQueue holds the frames of one burst. Owned by the shard's thread.
+type txQueue struct {
+	queue *dispatch.Queue
+	stats *Counters
+
+	pkts    []*stack.PacketBuffer // nil: superseded
+	acks    [ackSlots]int32       // 1 + index in pkts of a flow's last pure ACK
+	scratch [txCopyLimit]byte
+	iov     []unix.Iovec
+}
+
+func newTxQueue(q *dispatch.Queue, stats *Counters) *txQueue {
+	return &txQueue{queue: q, stats: stats, pkts: make([]*stack.PacketBuffer, 0, txBurst)}
+}
+
+// push queues pkt, whose Ethernet header is complete.
+func (t *txQueue) push(pkt *stack.PacketBuffer) {
+	if len(t.pkts) == txBurst {
+		t.flush()
+	}
+	if pkt.TransportProtocolNumber == header.TCPProtocolNumber {
+		t.supersede(pkt)
+	}
+	t.pkts = append(t.pkts, pkt.IncRef())
+}
+
+// supersede drops the flow's pure ACK from the queue when pkt says the same
+// and more. gVisor acknowledges at the end of segment processing, before the
+// application can answer, so a request would cost two frames.
+//
+// An ACK with SACK blocks is kept, and so is a duplicate ACK that no data
+// follows: both tell the peer about a loss (RFC 2018, RFC 5681 section 2).
+func (t *txQueue) supersede(pkt *stack.PacketBuffer) {
+	tcp := header.TCP(pkt.TransportHeader().Slice())
+	if len(tcp) < header.TCPMinimumSize {
+		return // a fragment
+	}
+	slot := &t.acks[(tcp.SourcePort()*31^tcp.DestinationPort())%ackSlots]
+	pure := pkt.Data().Size() == 0 && tcp.Flags() == header.TCPFlagAck
+	if i := *slot - 1; i >= 0 {
+		old := t.pkts[i]
+		oldTCP := header.TCP(old.TransportHeader().Slice())
+		if sameFlow(pkt, old, tcp, oldTCP) {
+			ack, oldAck := seqnum.Value(tcp.AckNumber()), seqnum.Value(oldTCP.AckNumber())
+			if tcp.Flags().Contains(header.TCPFlagAck) && (oldAck.LessThan(ack) || (oldAck == ack && !pure)) {
+				old.DecRef()
+				t.pkts[i] = nil
+				t.stats.AcksSuperseded++
+			}
+		}
+	}
+	*slot = 0
+	if pure && !hasSACK(tcp) {
+		*slot = int32(len(t.pkts)) + 1
+	}
+}
+
+func sameFlow(a, b *stack.PacketBuffer, aTCP, bTCP header.TCP) bool {
+	if a.NetworkProtocolNumber != b.NetworkProtocolNumber ||
+		aTCP.SourcePort() != bTCP.SourcePort() || aTCP.DestinationPort() != bTCP.DestinationPort() {
+		return false
+	}
+	aNet, bNet := a.Network(), b.Network()
+	return aNet.DestinationAddress() == bNet.DestinationAddress() && aNet.SourceAddress() == bNet.SourceAddress()
+}
+
+// hasSACK reports whether a pure ACK carries more than the timestamp option,
+// in the form in which gVisor encodes it: NOP NOP TS.
+func hasSACK(tcp header.TCP) bool {
+	options := tcp.Options()
+	return len(options) != 0 && (len(options) != header.TCPOptionTSLength+2 || options[2] != header.TCPOptionTS)
+}
+
+// flush writes the burst to the TAP queue and returns how many frames it held.
+func (t *txQueue) flush() int {
+	n := len(t.pkts)
+	if n == 0 {
+		return 0
+	}
+	for i, pkt := range t.pkts {
+		if pkt == nil {
+			continue
+		}
+		t.write(pkt)
+		pkt.DecRef()
+		t.pkts[i] = nil
+	}
+	t.pkts = t.pkts[:0]
+	t.acks = [ackSlots]int32{}
+	return n
+}
+
+func (t *txQueue) write(pkt *stack.PacketBuffer) {
+	vnet := vnetHeader(pkt)
+	vnet.Encode(pkt.VirtioNetHeader().Push(dispatch.VnetHeaderLen))
+
+	views, offset := pkt.AsViewList()
+	size := pkt.Size()
+	var errno syscall.Errno
+	if size <= txCopyLimit {
+		n := 0
+		for v := views.Front(); v != nil; v = v.Next() {
+			b := viewBytes(v, &offset)
+			n += copy(t.scratch[n:], b)
+		}
+		errno = t.queue.Write(t.scratch[:n])
+	} else {
+		t.iov = t.iov[:0]
+		for v := views.Front(); v != nil; v = v.Next() {
+			if b := viewBytes(v, &offset); len(b) > 0 {
+				t.iov = append(t.iov, unix.Iovec{Base: &b[0], Len: uint64(len(b))})
+			}
+		}
+		_, errno = t.queue.Writev(t.iov)
+		clear(t.iov)
+	}
+	if errno != 0 {
+		t.stats.TxErrors++
+		return
+	}
+	t.stats.TxFrames++
+	t.stats.TxBytes += uint64(size - dispatch.VnetHeaderLen)
+}
+
+// viewBytes returns v's bytes after the first *skip bytes of the packet, which
+// hold no header, and lowers *skip by what it passed over.
+func viewBytes(v *buffer.View, skip *int) []byte {
+	b := v.AsSlice()
+	n := min(*skip, len(b))
+	*skip -= n
+	return b[n:]
+}
+
+// vnetHeader says what is left for the kernel to do: fill in a checksum, cut a
+// super-frame into segments (linux/virtio_net.h).
+func vnetHeader(pkt *stack.PacketBuffer) dispatch.VnetHeader {
+	gso := &pkt.GSOOptions
+	if gso.Type == stack.GSONone || !gso.NeedsCsum {
+		return dispatch.VnetHeader{}
+	}
+	networkLen := len(pkt.NetworkHeader().Slice())
+	h := dispatch.VnetHeader{
+		Flags:      dispatch.VnetNeedsCsum,
+		CsumStart:  uint16(ethernetLen + networkLen),
+		CsumOffset: gso.CsumOffset,
+	}
+	if pkt.Data().Size() > int(gso.MSS) {
+		h.HdrLen = uint16(ethernetLen + networkLen + len(pkt.TransportHeader().Slice()))
+		h.GSOSize = gso.MSS
+		switch gso.Type {
+		case stack.GSOTCPv4:
+			h.GSOType = dispatch.VnetGSOTCPv4
+		case stack.GSOTCPv6:
+			h.GSOType = dispatch.VnetGSOTCPv6
+		}
+	}
+	return h
+}

@@ -1,0 +1,327 @@
+package stack
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"runtime"
+	"slices"
+	"time"
+
+	"numastack/dispatch"
+	"numastack/numaalloc"
+)
+
+// Defaults and limits of Config.
+const (
+	DefaultDevice    = "numa0"
+	DefaultMTU       = 1500
+	DefaultSpin      = 50 * time.Microsecond
+	DefaultBacklog   = 1024
+	DefaultMaxConns  = 1 << 20
+	DefaultRxBuffers = 512
+	DefaultDrain     = 500 * time.Millisecond
+
+	minMTU     = 576
+	minMTUIPv6 = 1280
+	maxMTU     = 65521
+	maxShards  = dispatch.Buckets
+	maxGroups  = dispatch.Buckets
+	maxSpin    = time.Second
+
+	// defaultGroups and groupsPerShard: enough groups to even out load by
+	// moving them, few enough that a stack of 48 KB each does not matter.
+	defaultGroups  = 32
+	groupsPerShard = 4
+)
+
+// Steering says who picks the queue of a frame.
+type Steering int
+
+// The ways of steering.
+const (
+	// SteeringAuto is SteeringKernel where the kernel permits it, else
+	// SteeringUser.
+	SteeringAuto Steering = iota
+	// SteeringKernel attaches an eBPF program to the device, so that each
+	// frame arrives on the queue of the shard that owns its flow. It takes
+	// CAP_BPF or CAP_SYS_ADMIN.
+	SteeringKernel
+	// SteeringUser lets the shard that read a frame hand it to the owner.
+	SteeringUser
+)
+
+var steeringNames = [...]string{"auto", "kernel", "user"}
+
+// String returns the name that UnmarshalText accepts.
+func (s Steering) String() string { return enumName(steeringNames[:], int(s)) }
+
+// MarshalText implements encoding.TextMarshaler.
+func (s Steering) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// UnmarshalText accepts auto, kernel and user.
+func (s *Steering) UnmarshalText(b []byte) error {
+	i, err := enumValue(steeringNames[:], string(b))
+	*s = Steering(i)
+	return err
+}
+
+// Offload says whether frames larger than the MTU and partial checksums may
+// pass between the kernel and the stack.
+type Offload int
+
+// The offload settings.
+const (
+	// OffloadAuto takes every offload that the kernel grants.
+	OffloadAuto Offload = iota
+	// OffloadOff passes plain frames of at most the MTU, with checksums.
+	OffloadOff
+)
+
+var offloadNames = [...]string{"auto", "off"}
+
+// String returns the name that UnmarshalText accepts.
+func (o Offload) String() string { return enumName(offloadNames[:], int(o)) }
+
+// MarshalText implements encoding.TextMarshaler.
+func (o Offload) MarshalText() ([]byte, error) { return []byte(o.String()), nil }
+
+// UnmarshalText accepts auto and off.
+func (o *Offload) UnmarshalText(b []byte) error {
+	i, err := enumValue(offloadNames[:], string(b))
+	*o = Offload(i)
+	return err
+}
+
+func enumName(names []string, i int) string {
+	if i < 0 || i >= len(names) {
+		return fmt.Sprintf("unknown(%d)", i)
+	}
+	return names[i]
+}
+
+func enumValue(names []string, s string) (int, error) {
+	if i := slices.Index(names, s); i >= 0 {
+		return i, nil
+	}
+	return 0, fmt.Errorf("%q is not one of %q", s, names)
+}
+
+// Config describes a stack. Only Addrs is required; a zero field means its
+// documented default.
+type Config struct {
+	// Device is the name of the TAP device, 1 to 15 bytes. An existing one is
+	// used, else one is created. Default "numa0".
+	Device string
+	// Persist keeps a created device after Close.
+	Persist bool
+	// Owner and Group are the numeric user and group that may open a created
+	// device. Default: only who may administer the network.
+	Owner, Group *int
+	// TxQueueLen is how many frames the kernel holds per queue for us before
+	// it drops, 1 to 65536. Default: at least 4096.
+	TxQueueLen int
+
+	// Addrs are the stack's addresses, each with the length of its subnet.
+	Addrs []netip.Prefix
+	// Gateways are the next hops of the default routes, at most one per
+	// address family, each in the subnet of one of Addrs. Default: none, only
+	// the subnets are reached.
+	Gateways []netip.Addr
+	// HostAddrs are the addresses that the kernel's side of the device gets.
+	// Default: leave it as it is.
+	HostAddrs []netip.Prefix
+	// MTU is the largest IP packet in bytes, 576 to 65521, with IPv6 from 1280.
+	// Default 1500.
+	MTU int
+
+	// Shards is the number of shards, 1 to 128. Default: the number of CPUs,
+	// or 1 less where there are several, so that other goroutines have one.
+	Shards int
+	// Groups is the number of flow groups, Shards to 128. Default 32, and at
+	// least 4 per shard where 128 allow it.
+	Groups int
+	// CPUs are the CPUs that the shards' threads are pinned to, in order; with
+	// fewer CPUs than shards they are used round robin. Default: the CPUs that
+	// the process may use.
+	CPUs []int
+
+	// Steering says who picks the queue of a frame. Default SteeringAuto.
+	Steering Steering
+	// Offload says whether frames may be larger than the MTU. Default
+	// OffloadAuto.
+	Offload Offload
+	// HashKey is the key of the Toeplitz hash. Default: random. Who knows it
+	// can choose the shard of a flow.
+	HashKey *dispatch.Key
+
+	// Spin is how long a shard without work looks for more before it blocks,
+	// up to 1 s. More costs CPU time and shortens latency. Default 50 µs;
+	// negative: block at once.
+	Spin time.Duration
+
+	// Backlog is how many connections per listener and flow group may wait for
+	// the application. Default 1024.
+	Backlog int
+	// MaxConns is how many connections may exist, spread evenly over the
+	// shards; further ones are reset and counted. Default 1,048,576.
+	MaxConns int
+	// RxBuffers is how many receive buffers of 64 KiB a shard makes at most.
+	// They are made when needed; without a free one, payload is copied, and
+	// counted. Default 512.
+	RxBuffers int
+	// Drain is how long Close lets connections send what was written. Default
+	// 500 ms; negative: do not wait.
+	Drain time.Duration
+
+	// Logger gets what happens to the stack as a whole; frames and connections
+	// are only counted. Default: slog.Default().
+	Logger *slog.Logger
+}
+
+// withDefaults returns cfg with its zero fields filled in, or says which field
+// is wrong and what it accepts.
+func (cfg Config) withDefaults() (Config, error) {
+	setDefault(&cfg.Device, DefaultDevice)
+	setDefault(&cfg.MTU, DefaultMTU)
+	setDefault(&cfg.Spin, DefaultSpin)
+	setDefault(&cfg.Backlog, DefaultBacklog)
+	setDefault(&cfg.MaxConns, DefaultMaxConns)
+	setDefault(&cfg.RxBuffers, DefaultRxBuffers)
+	setDefault(&cfg.Drain, DefaultDrain)
+	cfg.Spin = max(cfg.Spin, 0)
+	cfg.Drain = max(cfg.Drain, 0)
+	if cfg.Logger == nil {
+		cfg.Logger = slog.Default()
+	}
+	if cfg.Shards == 0 {
+		cfg.Shards = min(max(runtime.NumCPU()-1, 1), maxShards)
+	}
+	setDefault(&cfg.Groups, min(max(defaultGroups, groupsPerShard*cfg.Shards), maxGroups))
+	if err := cfg.validate(); err != nil {
+		return cfg, err
+	}
+	return cfg, cfg.placeCPUs()
+}
+
+func setDefault[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+func (cfg *Config) validate() error {
+	inRange := func(name string, value, low, high int) error {
+		if value < low || value > high {
+			return fmt.Errorf("%s is %d, want %d to %d", name, value, low, high)
+		}
+		return nil
+	}
+	lowMTU := minMTU
+	for _, p := range cfg.Addrs {
+		if p.Addr().Is6() {
+			lowMTU = minMTUIPv6 // RFC 8200 section 5
+		}
+	}
+	for _, err := range []error{
+		inRange("Shards", cfg.Shards, 1, maxShards),
+		inRange("Groups", cfg.Groups, max(cfg.Shards, 1), maxGroups),
+		inRange("MTU", cfg.MTU, lowMTU, maxMTU),
+		inRange("Backlog", cfg.Backlog, 1, 1<<16-1),
+		inRange("MaxConns", cfg.MaxConns, 1, 1<<30),
+		inRange("RxBuffers", cfg.RxBuffers, 1, 1<<20),
+	} {
+		if err != nil {
+			return err
+		}
+	}
+	switch {
+	case cfg.Spin > maxSpin:
+		return fmt.Errorf("Spin is %v, want at most %v", cfg.Spin, maxSpin)
+	case cfg.Steering < SteeringAuto || cfg.Steering > SteeringUser:
+		return fmt.Errorf("Steering is %v, want one of %q", cfg.Steering, steeringNames)
+	case cfg.Offload < OffloadAuto || cfg.Offload > OffloadOff:
+		return fmt.Errorf("Offload is %v, want one of %q", cfg.Offload, offloadNames)
+	case cfg.HashKey != nil && !cfg.HashKey.ReachesAllBuckets():
+		return fmt.Errorf("HashKey does not reach every bucket; want one with more entropy, or none for a random one")
+	}
+	return cfg.validateAddrs()
+}
+
+func (cfg *Config) validateAddrs() error {
+	if len(cfg.Addrs) == 0 {
+		return fmt.Errorf("Addrs is empty, want at least one address such as 10.99.0.2/24")
+	}
+	seen := make(map[netip.Addr]string)
+	check := func(field string, prefixes []netip.Prefix) error {
+		for _, p := range prefixes {
+			a := p.Addr()
+			switch {
+			case !p.IsValid():
+				return fmt.Errorf("%s holds an invalid address, want one such as 10.99.0.2/24", field)
+			case a.Is4In6(), a.Zone() != "":
+				return fmt.Errorf("%s holds %v, want a plain IPv4 or IPv6 address", field, p)
+			case a.IsUnspecified(), a.IsMulticast(), a.IsLoopback():
+				return fmt.Errorf("%s holds %v, want a unicast address of a host", field, p)
+			case a.Is4() && p.Bits() < 31 && (a == p.Masked().Addr() || a == broadcast(p)):
+				return fmt.Errorf("%s holds %v, which is the subnet's network or broadcast address", field, p)
+			}
+			if other, ok := seen[a]; ok {
+				return fmt.Errorf("%s holds %v, which is already in %s", field, a, other)
+			}
+			seen[a] = field
+		}
+		return nil
+	}
+	if err := check("Addrs", cfg.Addrs); err != nil {
+		return err
+	}
+	if err := check("HostAddrs", cfg.HostAddrs); err != nil {
+		return err
+	}
+	families := make(map[bool]netip.Addr)
+	for _, gw := range cfg.Gateways {
+		if !slices.ContainsFunc(cfg.Addrs, func(p netip.Prefix) bool { return p.Contains(gw) }) {
+			return fmt.Errorf("Gateways holds %v, which is in no subnet of Addrs %v", gw, cfg.Addrs)
+		}
+		if other, ok := families[gw.Is4()]; ok {
+			return fmt.Errorf("Gateways holds %v and %v, want one per address family", other, gw)
+		}
+		families[gw.Is4()] = gw
+	}
+	return nil
+}
+
+// broadcast returns the last address of an IPv4 subnet.
+func broadcast(p netip.Prefix) netip.Addr {
+	b := p.Masked().Addr().As4()
+	for i := p.Bits(); i < 32; i++ {
+		b[i/8] |= 1 << (7 - i%8)
+	}
+	return netip.AddrFrom4(b)
+}
+
+// placeCPUs gives every shard a CPU that the process may run on.
+func (cfg *Config) placeCPUs() error {
+	if len(cfg.CPUs) == 0 {
+		cpus, err := numaalloc.Spread(cfg.Shards)
+		cfg.CPUs = cpus
+		return err
+	}
+	allowed, err := numaalloc.AllowedCPUs()
+	if err != nil {
+		return err
+	}
+	for _, cpu := range cfg.CPUs {
+		if !slices.Contains(allowed, cpu) {
+			return fmt.Errorf("CPUs holds %d, want CPUs that this process may use: %s", cpu, numaalloc.FormatCPUList(allowed))
+		}
+	}
+	cpus := make([]int, cfg.Shards)
+	for i := range cpus {
+		cpus[i] = cfg.CPUs[i%len(cfg.CPUs)]
+	}
+	cfg.CPUs = cpus
+	return nil
+}

@@ -1,0 +1,24 @@
+// Package stack is a userspace TCP/IP stack for Go servers that keeps a
+// connection at home: on one core of one NUMA node, from the frame that arrives
+// to the ACK and the answer that leave.
+//
+//	kernel peer ── TAP, one queue per shard: the kernel picks the queue with our
+//	     │         eBPF program: hash(tuple) → bucket → flow group → shard
+//	     ▼
+//	shard thread (locked OS thread, pinned CPU, one NUMA node)
+//	  read → steer → deliver → TCP → timers → application → flush → wait
+//
+// [New] opens a TAP device and starts the shards. The application then has
+// two doors:
+//
+//   - On the shard: [Stack.HandleTCP] and [Stack.HandleUDP] call a [Handler] on
+//     the thread that received the bytes. Fastest; the handler must not block.
+//   - From any goroutine: [Stack.Listen], [Stack.ListenPacket] and
+//     [Stack.DialContext] give a net.Listener, net.PacketConn and net.Conn.
+//
+// Every connection tells the shard, the CPU and the NUMA node where its
+// segments are processed.
+//
+// The methods of Stack may be called from any goroutine except from a
+// Handler's events, unless they say otherwise. Only Linux is supported.
+package stack

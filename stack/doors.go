@@ -1,0 +1,251 @@
+package stack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"numastack/shard"
+)
+
+// The on-shard door.
+type (
+	// Handler is the application on the shard.
+	Handler = shard.Handler
+	// HalfCloser is a Handler that goes on after the peer has closed its side.
+	HalfCloser = shard.HalfCloser
+	// Conn is a TCP connection as a Handler sees it.
+	Conn = shard.Conn
+	// Datagrams is called on the shard's thread for each UDP datagram.
+	Datagrams = shard.DatagramHandler
+	// Socket is a UDP port as a Datagrams function sees it.
+	Socket = shard.Socket
+)
+
+// Where is implemented by all connections: it tells where they live. It is
+// what SIO_QUERY_RSS_PROCESSOR_INFO tells on Windows and SO_INCOMING_CPU on
+// Linux, for a stack that promises to stay there.
+type Where interface {
+	Shard() int    // processes the connection's segments
+	CPU() int      // its thread is pinned to
+	NUMANode() int // of that CPU
+}
+
+var (
+	_ Where = (*shard.Conn)(nil)
+	_ Where = (*shard.Socket)(nil)
+	_ Where = (*shard.NetConn)(nil)
+)
+
+// HandleTCP gives every connection that arrives at address to h, on its
+// shard's thread. network is tcp, tcp4 or tcp6; address is as in Listen. The
+// returned listener's Accept reports net.ErrClosed: h gets the connections.
+func (s *Stack) HandleTCP(network, address string, h Handler) (net.Listener, error) {
+	addrs, port, err := s.local("tcp", network, address)
+	if err == nil && h == nil {
+		err = errors.New("handler is nil")
+	}
+	if err != nil {
+		return nil, &net.OpError{Op: "listen", Net: network, Err: err}
+	}
+	l, err := s.set.Listen(addrs, port, s.cfg.Backlog, h)
+	if err != nil {
+		return nil, err
+	}
+	return handled{l}, nil
+}
+
+// handled is the net.Listener of connections that a Handler gets.
+type handled struct{ l *shard.Listener }
+
+func (h handled) Accept() (net.Conn, error) {
+	return nil, &net.OpError{Op: "accept", Net: "tcp", Addr: h.Addr(), Err: net.ErrClosed}
+}
+func (h handled) Close() error   { h.l.Close(); return nil }
+func (h handled) Addr() net.Addr { return net.TCPAddrFromAddrPort(h.l.Addr()) }
+
+// HandleUDP calls h on the shard's thread for every datagram that arrives at
+// address. network is udp, udp4 or udp6; address is as in Listen. Close on the
+// returned value releases the port.
+func (s *Stack) HandleUDP(network, address string, h Datagrams) (UDPPort, error) {
+	addrs, port, err := s.local("udp", network, address)
+	if err == nil && h == nil {
+		err = errors.New("handler is nil")
+	}
+	if err != nil {
+		return nil, &net.OpError{Op: "listen", Net: network, Err: err}
+	}
+	l, err := s.set.ListenUDP(addrs, port, h)
+	if err != nil {
+		return nil, err
+	}
+	return udpPort{l}, nil
+}
+
+// UDPPort is a port whose datagrams a function gets.
+type UDPPort interface {
+	Close() error
+	Addr() net.Addr
+}
+
+type udpPort struct{ l *shard.UDPListener }
+
+func (p udpPort) Close() error   { p.l.Close(); return nil }
+func (p udpPort) Addr() net.Addr { return net.UDPAddrFromAddrPort(p.l.Addr()) }
+
+// Listen listens for TCP connections like net.Listen: network is tcp, tcp4 or
+// tcp6; address is host:port with an address of the stack, or without a host
+// for all of them; port 0 chooses one. Up to Config.Backlog connections wait
+// for Accept.
+func (s *Stack) Listen(network, address string) (net.Listener, error) {
+	addrs, port, err := s.local("tcp", network, address)
+	if err != nil {
+		return nil, &net.OpError{Op: "listen", Net: network, Err: err}
+	}
+	l, err := s.set.ListenNet(addrs, port, s.cfg.Backlog)
+	if err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// ListenPacket opens a UDP port like net.ListenPacket: network is udp, udp4 or
+// udp6, address is as in Listen.
+func (s *Stack) ListenPacket(network, address string) (net.PacketConn, error) {
+	addrs, port, err := s.local("udp", network, address)
+	if err != nil {
+		return nil, &net.OpError{Op: "listen", Net: network, Err: err}
+	}
+	p, err := s.set.ListenNetPacket(addrs, port)
+	if err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// DialContext connects like net.Dialer's: network is tcp, tcp4, tcp6, udp, udp4
+// or udp6, address is an IP address and a port. The local port is chosen so
+// that the peer's answers arrive at the shard that dialled.
+func (s *Stack) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	fail := func(err error) (net.Conn, error) {
+		return nil, &net.OpError{Op: "dial", Net: network, Err: err}
+	}
+	if err := ctx.Err(); err != nil {
+		return fail(err)
+	}
+	kind, family, err := parseNetwork(network)
+	if err != nil {
+		return fail(err)
+	}
+	remote, err := parseAddress(kind, address)
+	switch {
+	case err != nil:
+		return fail(err)
+	case !remote.Addr().IsValid() || remote.Addr().IsUnspecified():
+		return fail(&net.AddrError{Err: "missing host", Addr: address})
+	case !family(remote.Addr()):
+		return fail(&net.AddrError{Err: "no suitable address for " + network, Addr: address})
+	case kind == "udp":
+		c, err := s.set.DialNetPacket(remote)
+		if err != nil {
+			return nil, err
+		}
+		return c, nil
+	}
+	c, err := s.set.DialNet(ctx, netip.AddrPort{}, remote)
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// local finds out which of the stack's addresses a listening address means.
+// Without a host these are all that network allows: for TCP a wildcard per
+// address family, for UDP each address.
+func (s *Stack) local(want, network, address string) ([]netip.Addr, uint16, error) {
+	kind, family, err := parseNetwork(network)
+	if err != nil {
+		return nil, 0, err
+	}
+	if kind != want {
+		return nil, 0, net.UnknownNetworkError(network)
+	}
+	a, err := parseAddress(kind, address)
+	if err != nil {
+		return nil, 0, err
+	}
+	wildcard := !a.Addr().IsValid() || a.Addr().IsUnspecified()
+	if a.Addr() == netip.IPv4Unspecified() {
+		family = netip.Addr.Is4
+	}
+	var addrs []netip.Addr
+	for _, p := range s.cfg.Addrs {
+		addr := p.Addr()
+		switch {
+		case !family(addr), !wildcard && addr != a.Addr():
+			continue
+		case wildcard && kind == "tcp" && addr.Is4():
+			addr = netip.IPv4Unspecified()
+		case wildcard && kind == "tcp":
+			addr = netip.IPv6Unspecified()
+		}
+		if !slices.Contains(addrs, addr) {
+			addrs = append(addrs, addr)
+		}
+	}
+	if addrs == nil {
+		return nil, 0, &net.AddrError{Err: fmt.Sprintf("no such %s address in the stack, which has %v", network, s.cfg.Addrs), Addr: address}
+	}
+	return addrs, a.Port(), nil
+}
+
+// parseNetwork splits a network into tcp or udp and the addresses it accepts.
+func parseNetwork(network string) (kind string, family func(netip.Addr) bool, err error) {
+	kind = strings.TrimRight(network, "46")
+	if kind != "tcp" && kind != "udp" {
+		return "", nil, net.UnknownNetworkError(network)
+	}
+	switch network[len(kind):] {
+	case "":
+		return kind, netip.Addr.IsValid, nil
+	case "4":
+		return kind, netip.Addr.Is4, nil
+	case "6":
+		return kind, netip.Addr.Is6, nil
+	default:
+		return "", nil, net.UnknownNetworkError(network)
+	}
+}
+
+// parseAddress reads host:port. The host is an IP address or empty, the port a
+// number or the name of a service.
+func parseAddress(kind, address string) (netip.AddrPort, error) {
+	host, service, err := net.SplitHostPort(address)
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	number, err := strconv.ParseUint(service, 10, 16)
+	if err != nil {
+		if errors.Is(err, strconv.ErrRange) {
+			return netip.AddrPort{}, &net.AddrError{Err: "invalid port, want 0 to 65535", Addr: address}
+		}
+		named, err := net.LookupPort(kind, service)
+		if err != nil {
+			return netip.AddrPort{}, err
+		}
+		number = uint64(named)
+	}
+	var addr netip.Addr
+	if host != "" {
+		if addr, err = netip.ParseAddr(host); err != nil {
+			return netip.AddrPort{}, &net.AddrError{Err: "not an IP address", Addr: address}
+		}
+		addr = addr.Unmap().WithZone("")
+	}
+	return netip.AddrPortFrom(addr, uint16(number)), nil
+}

@@ -1,0 +1,168 @@
+package stack
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+
+	"numastack/dispatch"
+	"numastack/shard"
+)
+
+// Stack is a running stack: a TAP device and the shards that serve it.
+type Stack struct {
+	// Immutable after New.
+	cfg      Config
+	device   *dispatch.Device
+	program  *dispatch.Program // nil with user-space steering
+	set      *shard.Set
+	steering Steering
+}
+
+// New opens the device and starts the shards. The error says which part of cfg
+// or of the machine is in the way.
+func New(cfg Config) (_ *Stack, err error) {
+	cfg, err = cfg.withDefaults()
+	if err != nil {
+		return nil, fmt.Errorf("stack config: %w", err)
+	}
+	s := &Stack{cfg: cfg}
+	defer func() {
+		if err != nil {
+			s.release()
+		}
+	}()
+	if s.device, err = dispatch.OpenDevice(dispatch.DeviceConfig{
+		Name:       cfg.Device,
+		Persist:    cfg.Persist,
+		UID:        cfg.Owner,
+		GID:        cfg.Group,
+		HostAddrs:  cfg.HostAddrs,
+		MTU:        cfg.MTU,
+		TxQueueLen: cfg.TxQueueLen,
+		Queues:     cfg.Shards,
+		Offload:    cfg.Offload == OffloadAuto,
+	}); err != nil {
+		return nil, err
+	}
+	var key dispatch.Key
+	if cfg.HashKey != nil {
+		key = *cfg.HashKey
+	} else if key, err = dispatch.NewKey(); err != nil {
+		return nil, err
+	}
+	queues := make([]*dispatch.Queue, cfg.Shards)
+	for i := range queues {
+		queues[i] = s.device.Queue(i)
+	}
+	if s.set, err = shard.New(shard.Config{
+		Device:    cfg.Device,
+		Queues:    queues,
+		MTU:       cfg.MTU,
+		GSO:       cfg.Offload == OffloadAuto,
+		CPUs:      cfg.CPUs,
+		Groups:    cfg.Groups,
+		Key:       key,
+		Addrs:     cfg.Addrs,
+		Gateways:  cfg.Gateways,
+		Spin:      cfg.Spin,
+		RxBuffers: cfg.RxBuffers,
+		MaxConns:  (cfg.MaxConns + cfg.Shards - 1) / cfg.Shards,
+		Drain:     cfg.Drain,
+		Logger:    cfg.Logger,
+	}); err != nil {
+		return nil, err
+	}
+	if err = s.steer(key); err != nil {
+		return nil, err
+	}
+	cfg.Logger.Info("stack is up",
+		"device", cfg.Device, "mtu", cfg.MTU, "offloads", s.device.Offloads().String(),
+		"addrs", cfg.Addrs, "shards", cfg.Shards, "groups", cfg.Groups, "cpus", cfg.CPUs,
+		"steering", s.steering.String())
+	if runtime.GOMAXPROCS(0) <= cfg.Shards {
+		cfg.Logger.Warn("GOMAXPROCS should exceed the number of shards, or other goroutines wait behind them",
+			"gomaxprocs", runtime.GOMAXPROCS(0), "shards", cfg.Shards)
+	}
+	return s, nil
+}
+
+// steer attaches the steering program, or decides to do without.
+func (s *Stack) steer(key dispatch.Key) (err error) {
+	s.steering = SteeringUser
+	if s.cfg.Steering == SteeringUser {
+		return nil
+	}
+	if s.program, err = dispatch.NewProgram(key); err == nil {
+		err = s.program.SetQueues(s.set.RETA().Queues())
+	}
+	if err == nil {
+		err = s.device.AttachSteering(s.program.FD())
+	}
+	if err == nil {
+		s.steering = SteeringKernel
+		return nil
+	}
+	if s.cfg.Steering == SteeringKernel {
+		if errors.Is(err, os.ErrPermission) {
+			return fmt.Errorf("kernel steering: %w; it takes CAP_BPF, user-space steering takes nothing", err)
+		}
+		return fmt.Errorf("kernel steering: %w", err)
+	}
+	s.cfg.Logger.Warn("no kernel steering, shards hand frames to each other", "error", err)
+	return nil
+}
+
+// release gives back what New took, in any state of it.
+func (s *Stack) release() (err error) {
+	if s.set != nil {
+		s.set.Close()
+	}
+	if s.program != nil {
+		err = s.program.Close()
+	}
+	if s.device != nil {
+		err = errors.Join(err, s.device.Close())
+	}
+	return err
+}
+
+// Close says goodbye to all peers, stops the shards and releases the device,
+// which is removed if New created it without Persist. What was written is sent
+// first, for at most Config.Drain. It is idempotent.
+func (s *Stack) Close() error { return s.release() }
+
+// Done is closed when the stack was closed, or its device was deleted.
+func (s *Stack) Done() <-chan struct{} { return s.set.Done() }
+
+// Err returns why Done was closed: nil after Close, else what happened to the
+// device. All connections have failed then, and Close is still to be called.
+func (s *Stack) Err() error { return s.set.Err() }
+
+// Steering returns who steers: SteeringKernel or SteeringUser.
+func (s *Stack) Steering() Steering { return s.steering }
+
+// Offloads names the offloads that the kernel granted, as in
+// "csum,tso4,tso6,ecn,uso", or "none".
+func (s *Stack) Offloads() string { return s.device.Offloads().String() }
+
+// Stats is a copy of the stack's counters.
+type Stats struct {
+	Shards []ShardStats `json:"shards"`
+	// KernelDropped is how many frames the kernel lost because a shard did not
+	// read its queue in time.
+	KernelDropped uint64 `json:"kernel_dropped"`
+}
+
+// ShardStats is what one shard has counted.
+type ShardStats = shard.Counters
+
+// Stats returns the counters of all shards; after Close, the last ones. It
+// waits for each shard to finish a turn.
+func (s *Stack) Stats() Stats {
+	stats := Stats{Shards: s.set.Stats()}
+	// Zero when the device is gone.
+	stats.KernelDropped, _ = s.device.Dropped()
+	return stats
+}
