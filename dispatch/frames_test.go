@@ -75,7 +75,7 @@ func (m *frameMaker) ipv4(quoted int) []byte {
 		fragment = uint16(m.rng.Uint32())
 	}
 	binary.BigEndian.PutUint16(b[6:], fragment)
-	b = append(b, m.transport(b[9], false, quoted)...)
+	b = append(b, m.short(m.transport(b[9], false, quoted))...)
 	binary.BigEndian.PutUint16(b[2:], uint16(len(b)))
 	return b
 }
@@ -104,7 +104,7 @@ func (m *frameMaker) ipv6(quoted int) []byte {
 		}
 	}
 	b[next] = proto
-	b = append(b, m.transport(proto, true, quoted)...)
+	b = append(b, m.short(m.transport(proto, true, quoted))...)
 	binary.BigEndian.PutUint16(b[4:], uint16(len(b)-ipv6Len))
 	return b
 }
@@ -132,8 +132,20 @@ func (m *frameMaker) transport(proto uint8, ipv6 bool, quoted int) []byte {
 	return m.bytes(m.rng.IntN(40))
 }
 
-// cut ends a quote early, as routers do.
+// short makes some payloads of packets too short for their protocol; the IP
+// length will agree.
+func (m *frameMaker) short(b []byte) []byte {
+	if m.chance(10) {
+		return b[:m.rng.IntN(min(len(b), 24)+1)]
+	}
+	return b
+}
+
+// cut ends a quote early, as routers do, or spoils its first byte.
 func (m *frameMaker) cut(b []byte) []byte {
+	if m.chance(8) {
+		b[0] = byte(m.rng.Uint32())
+	}
 	if m.chance(2) {
 		return b
 	}

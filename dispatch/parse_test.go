@@ -208,7 +208,8 @@ func TestParse(t *testing.T) {
 		{"last fragment", fragment4(100, 0), fragment(flow(17, addrs4, 0, 0, 42))},
 		{"first IPv6 fragment", raw6(t, 44, fragmentHeader(60, 0, true), extension(17, 0), udpFrame6[54:]), fragment(flow6(17, addrs6, 70, 0, 83))},
 		{"first IPv6 fragment cut in its headers", raw6(t, 44, fragmentHeader(60, 0, true), extension(17, 1)[:8]), fragment(flow6(17, addrs6, 0, 0, 70))},
-		{"last IPv6 fragment", raw6(t, 44, fragmentHeader(60, 9, false), hello), fragment(flow6(60, addrs6, 0, 0, 67))},
+		{"last IPv6 fragment", raw6(t, 44, fragmentHeader(60, 9, false), extension(17, 0), udpFrame6[54:]), fragment(flow6(60, addrs6, 0, 0, 83))},
+		{"first fragment with a second fragment header", raw6(t, 44, fragmentHeader(44, 0, true), fragmentHeader(17, 0, false), udpFrame6[54:]), fragment(flow6(17, addrs6, 70, 0, 83))},
 		{"IPv6 fragment header on a whole packet", raw6(t, 44, fragmentHeader(6, 0, false), tcpHeader6), flow6(6, tuple6, 62, 94, 99)},
 		{"reserved bits in a fragment header", edit(raw6(t, 44, fragmentHeader(6, 0, false), tcpHeader6), 57, 6), flow6(6, tuple6, 62, 94, 99)},
 
@@ -257,6 +258,7 @@ func TestParse(t *testing.T) {
 		{"IPv4 total length 0", edit(tcpFrame4, 16, 0, 0), drop(ClassMalformed)},
 		{"TCP data offset 4", edit(tcpFrame4, 46, 0x40), drop(ClassMalformed)},
 		{"TCP header longer than the packet", edit(tcpFrame4, 46, 0xf0), drop(ClassMalformed)},
+		{"TCP header one byte longer than the packet", edit(tcpFrame4, 16, 0, 51), drop(ClassMalformed)},
 		{"half a TCP header", edit(tcpFrame4, 16, 0, 39), drop(ClassMalformed)},
 		{"half a UDP header", edit(udpFrame4, 16, 0, 27), drop(ClassMalformed)},
 		{"UDP length 7", edit(udpFrame4, 38, 0, 7), drop(ClassMalformed)},

@@ -21,7 +21,7 @@ const (
 	portsAt4 = 8
 	portsAt6 = 32
 
-	// maxKeyDraws bounds the search of NewKey. About one key in 150 passes, so
+	// maxKeyDraws bounds the search of NewKey. About one key in 85 passes, so
 	// this many failures mean a broken random source, not bad luck.
 	maxKeyDraws = 100_000
 )
@@ -57,7 +57,7 @@ func drawKey(random io.Reader) (Key, error) {
 			return k, nil
 		}
 	}
-	return Key{}, fmt.Errorf("draw hash key: none of %d keys reaches every bucket, want about one in 150: the random source is broken", maxKeyDraws)
+	return Key{}, fmt.Errorf("draw hash key: none of %d keys reaches every bucket, want about one in 85: the random source is broken", maxKeyDraws)
 }
 
 // ReachesAllBuckets reports whether [Buckets] consecutive ports, counted from a

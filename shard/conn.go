@@ -144,7 +144,7 @@ func (c *Conn) serve(s *Shard) {
 		c.h.Writable(c)
 	}
 	err := c.receive(s)
-	if err == io.EOF { //nolint:errorlint // errno returns it bare
+	if err == io.EOF { // errno returns it bare
 		if h, ok := c.h.(HalfCloser); ok {
 			c.eof = true
 			h.EOF(c)

@@ -63,7 +63,7 @@ func opError(op, network string, source, addr netip.AddrPort, err error) error {
 	if err == nil || errors.Is(err, io.EOF) {
 		return err
 	}
-	if e, ok := err.(syscall.Errno); ok { //nolint:errorlint // only a bare errno is wrapped
+	if e, ok := err.(syscall.Errno); ok { // only a bare one is wrapped
 		err = os.NewSyscallError(op, e)
 	}
 	return &net.OpError{Op: op, Net: network, Source: netAddr(network, source), Addr: netAddr(network, addr), Err: err}

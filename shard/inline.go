@@ -1,6 +1,8 @@
 package shard
 
 import (
+	"slices"
+
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
@@ -69,13 +71,10 @@ func (p *inlineTCP) QueuePacket(tep stack.TransportEndpoint, id stack.TransportE
 // touch notes that ep has segments. A burst touches few endpoints of a group,
 // so a scan beats a map.
 func (p *inlineTCP) touch(ep *tcp.Endpoint) {
-	for i := len(p.touched) - 1; i >= 0; i-- {
-		if p.touched[i] == ep {
-			return
-		}
+	if !slices.Contains(p.touched, ep) {
+		p.touched = append(p.touched, ep)
+		p.g.activate()
 	}
-	p.touched = append(p.touched, ep)
-	p.g.activate()
 }
 
 // process runs TCP for every endpoint that the burst touched, and for those

@@ -429,9 +429,9 @@ func (l *NetListener) Accept() (net.Conn, error) {
 		case <-l.l.set.done:
 		}
 	}
-	err := error(net.ErrClosed)
-	if failure := l.l.set.Err(); failure != nil {
-		err = failure
+	err := l.l.set.Err()
+	if err == nil {
+		err = net.ErrClosed
 	}
 	return nil, opError("accept", "tcp", netip.AddrPort{}, l.l.addr, err)
 }

@@ -284,15 +284,17 @@ func (set *Set) lingering() (found bool) {
 		s.do(func(s *Shard) {
 			for _, g := range s.groups {
 				for _, ep := range g.stack.RegisteredEndpoints() {
-					if ep, ok := ep.(*tcp.Endpoint); ok {
-						switch tcp.EndpointState(ep.State()) {
-						case tcp.StateFinWait1, tcp.StateClosing, tcp.StateLastAck:
-							found = true
-						}
+					if ep, ok := ep.(*tcp.Endpoint); ok && waitsForACK(tcp.EndpointState(ep.State())) {
+						found = true
 					}
 				}
 			}
 		})
 	}
 	return found
+}
+
+// waitsForACK reports whether a closed connection still has something to send.
+func waitsForACK(state tcp.EndpointState) bool {
+	return state == tcp.StateFinWait1 || state == tcp.StateClosing || state == tcp.StateLastAck
 }

@@ -2,8 +2,8 @@ package shard
 
 import (
 	"fmt"
+	"slices"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/buffer"
@@ -33,7 +33,7 @@ func (s *Shard) loop() {
 // turn is one pass: read, steer, deliver, process, timers, run, flush. It
 // returns whether there was anything to do.
 func (s *Shard) turn() bool {
-	s.now = int64(time.Since(s.clockBase))
+	s.now = s.readClock()
 	s.rx.sweep()
 	work := s.read()
 	work += s.readRings()
@@ -165,12 +165,9 @@ func (s *Shard) forward(to int, vnet *dispatch.VnetHeader, parsed *dispatch.Pars
 		return
 	}
 	s.counters.Forwarded++
-	for _, w := range s.wakeList {
-		if w == target {
-			return
-		}
+	if !slices.Contains(s.wakeList, target) {
+		s.wakeList = append(s.wakeList, target)
 	}
-	s.wakeList = append(s.wakeList, target)
 }
 
 // readRings delivers what other shards read for this one.
@@ -263,7 +260,7 @@ func (s *Shard) wait() {
 	}
 	var timeout *unix.Timespec
 	if deadline != never {
-		ts := unix.NsecToTimespec(max(deadline-int64(time.Since(s.clockBase)), 0))
+		ts := unix.NsecToTimespec(max(deadline-s.readClock(), 0))
 		timeout = &ts
 	}
 	_, _ = unix.Ppoll(watched, timeout, nil) // an error is a wake: the turn finds out why
@@ -273,7 +270,7 @@ func (s *Shard) wait() {
 		var b [8]byte
 		_, _ = unix.Read(s.eventFD, b[:])
 	}
-	s.now = int64(time.Since(s.clockBase))
+	s.now = s.readClock()
 	s.lastWork = s.now
 }
 

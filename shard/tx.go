@@ -176,10 +176,8 @@ func vnetHeader(pkt *stack.PacketBuffer) dispatch.VnetHeader {
 	if pkt.Data().Size() > int(gso.MSS) {
 		h.HdrLen = uint16(ethernetLen + networkLen + len(pkt.TransportHeader().Slice()))
 		h.GSOSize = gso.MSS
-		switch gso.Type {
-		case stack.GSOTCPv4:
-			h.GSOType = dispatch.VnetGSOTCPv4
-		case stack.GSOTCPv6:
+		h.GSOType = dispatch.VnetGSOTCPv4
+		if gso.Type == stack.GSOTCPv6 {
 			h.GSOType = dispatch.VnetGSOTCPv6
 		}
 	}

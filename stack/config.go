@@ -211,10 +211,15 @@ func setDefault[T comparable](field *T, value T) {
 	}
 }
 
+// badField says that a field has a value that it does not accept.
+func badField(field string, value any, want string) error {
+	return fmt.Errorf("%s: %v, want %s", field, value, want)
+}
+
 func (cfg *Config) validate() error {
 	inRange := func(name string, value, low, high int) error {
 		if value < low || value > high {
-			return fmt.Errorf("%s is %d, want %d to %d", name, value, low, high)
+			return badField(name, value, fmt.Sprintf("%d to %d", low, high))
 		}
 		return nil
 	}
@@ -238,20 +243,20 @@ func (cfg *Config) validate() error {
 	}
 	switch {
 	case cfg.Spin > maxSpin:
-		return fmt.Errorf("Spin is %v, want at most %v", cfg.Spin, maxSpin)
+		return badField("Spin", cfg.Spin, "at most "+maxSpin.String())
 	case cfg.Steering < SteeringAuto || cfg.Steering > SteeringUser:
-		return fmt.Errorf("Steering is %v, want one of %q", cfg.Steering, steeringNames)
+		return badField("Steering", cfg.Steering, fmt.Sprintf("one of %q", steeringNames))
 	case cfg.Offload < OffloadAuto || cfg.Offload > OffloadOff:
-		return fmt.Errorf("Offload is %v, want one of %q", cfg.Offload, offloadNames)
+		return badField("Offload", cfg.Offload, fmt.Sprintf("one of %q", offloadNames))
 	case cfg.HashKey != nil && !cfg.HashKey.ReachesAllBuckets():
-		return fmt.Errorf("HashKey does not reach every bucket; want one with more entropy, or none for a random one")
+		return badField("HashKey", "one that does not reach every bucket", "one that does, or none for a random one")
 	}
 	return cfg.validateAddrs()
 }
 
 func (cfg *Config) validateAddrs() error {
 	if len(cfg.Addrs) == 0 {
-		return fmt.Errorf("Addrs is empty, want at least one address such as 10.99.0.2/24")
+		return badField("Addrs", "empty", "at least one address such as 10.99.0.2/24")
 	}
 	seen := make(map[netip.Addr]string)
 	check := func(field string, prefixes []netip.Prefix) error {
@@ -259,16 +264,16 @@ func (cfg *Config) validateAddrs() error {
 			a := p.Addr()
 			switch {
 			case !p.IsValid():
-				return fmt.Errorf("%s holds an invalid address, want one such as 10.99.0.2/24", field)
+				return badField(field, "not valid", "addresses such as 10.99.0.2/24")
 			case a.Is4In6(), a.Zone() != "":
-				return fmt.Errorf("%s holds %v, want a plain IPv4 or IPv6 address", field, p)
+				return badField(field, p, "plain IPv4 or IPv6 addresses")
 			case a.IsUnspecified(), a.IsMulticast(), a.IsLoopback():
-				return fmt.Errorf("%s holds %v, want a unicast address of a host", field, p)
+				return badField(field, p, "the unicast address of a host")
 			case a.Is4() && p.Bits() < 31 && (a == p.Masked().Addr() || a == broadcast(p)):
-				return fmt.Errorf("%s holds %v, which is the subnet's network or broadcast address", field, p)
+				return badField(field, p, "an address other than the subnet's first and last")
 			}
 			if other, ok := seen[a]; ok {
-				return fmt.Errorf("%s holds %v, which is already in %s", field, a, other)
+				return badField(field, a, "an address that is not in "+other+" already")
 			}
 			seen[a] = field
 		}
@@ -283,10 +288,10 @@ func (cfg *Config) validateAddrs() error {
 	families := make(map[bool]netip.Addr)
 	for _, gw := range cfg.Gateways {
 		if !slices.ContainsFunc(cfg.Addrs, func(p netip.Prefix) bool { return p.Contains(gw) }) {
-			return fmt.Errorf("Gateways holds %v, which is in no subnet of Addrs %v", gw, cfg.Addrs)
+			return badField("Gateways", gw, fmt.Sprintf("an address in a subnet of Addrs %v", cfg.Addrs))
 		}
 		if other, ok := families[gw.Is4()]; ok {
-			return fmt.Errorf("Gateways holds %v and %v, want one per address family", other, gw)
+			return badField("Gateways", fmt.Sprintf("%v and %v", other, gw), "one per address family")
 		}
 		families[gw.Is4()] = gw
 	}
@@ -315,7 +320,7 @@ func (cfg *Config) placeCPUs() error {
 	}
 	for _, cpu := range cfg.CPUs {
 		if !slices.Contains(allowed, cpu) {
-			return fmt.Errorf("CPUs holds %d, want CPUs that this process may use: %s", cpu, numaalloc.FormatCPUList(allowed))
+			return badField("CPUs", cpu, "CPUs that this process may use: "+numaalloc.FormatCPUList(allowed))
 		}
 	}
 	cpus := make([]int, cfg.Shards)

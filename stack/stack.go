@@ -30,7 +30,7 @@ func New(cfg Config) (_ *Stack, err error) {
 	s := &Stack{cfg: cfg}
 	defer func() {
 		if err != nil {
-			s.release()
+			_ = s.release() // the first error is the one to tell
 		}
 	}()
 	if s.device, err = dispatch.OpenDevice(dispatch.DeviceConfig{

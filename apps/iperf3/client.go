@@ -16,6 +16,9 @@ const (
 	defaultDatagramLen = 1448      // UDP when the path's segment size is unknown: fits an MTU of 1500 with IPv6 too
 )
 
+// headStart is what the last blocks of a test of a given amount get before TEST_END follows on the other connection.
+const headStart = 10 * time.Millisecond
+
 // client runs one test against an iperf3 server.
 type client struct {
 	net     network
@@ -209,6 +212,10 @@ func (c *client) measure(ctx context.Context, ctl *control, r *run) (state, erro
 	}
 	if end.state != 0 { // the server ended the test: terminated, or failed
 		return end.state, nil
+	}
+	if p := r.p; p.amount() > 0 && (p.Bidirectional || !p.Reverse) {
+		// The original server counts nothing that it reads after TEST_END, which would overtake the last blocks.
+		time.Sleep(headStart)
 	}
 	if err := ctl.writeState(stateTestEnd); err != nil {
 		return 0, err

@@ -19,7 +19,8 @@ const datagramBuffer = 4 << 20
 // for them; everything else is dropped.
 type datagrams struct {
 	conn net.PacketConn
-	// Both nil when conn has only the methods of net.PacketConn, which allocate an address per datagram.
+	// Both nil when conn has only the methods of net.PacketConn, which allocate an address per datagram. Package net and
+	// package stack have different names for those that do not.
 	fastRead  func([]byte) (int, netip.AddrPort, error)
 	fastWrite func([]byte, netip.AddrPort) (int, error)
 
@@ -49,11 +50,17 @@ var _ wire = (*peer)(nil)
 
 func newDatagrams(conn net.PacketConn) *datagrams {
 	d := &datagrams{conn: conn}
-	if fast, ok := conn.(interface {
+	switch fast := conn.(type) {
+	case interface {
 		ReadFromUDPAddrPort(b []byte) (int, netip.AddrPort, error)
 		WriteToUDPAddrPort(b []byte, addr netip.AddrPort) (int, error)
-	}); ok {
+	}:
 		d.fastRead, d.fastWrite = fast.ReadFromUDPAddrPort, fast.WriteToUDPAddrPort
+	case interface {
+		ReadFromAddrPort(b []byte) (int, netip.AddrPort, error)
+		WriteToAddrPort(b []byte, addr netip.AddrPort) (int, error)
+	}:
+		d.fastRead, d.fastWrite = fast.ReadFromAddrPort, fast.WriteToAddrPort
 	}
 	if b, ok := conn.(buffered); ok {
 		_ = b.SetReadBuffer(datagramBuffer) // a smaller one only means more loss, which is reported

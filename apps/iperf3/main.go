@@ -6,7 +6,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"os/signal"
 	"syscall"
@@ -20,10 +19,10 @@ func main() {
 }
 
 // command runs one command line and returns the exit status: 0, 1 for a failed test, 2 for wrong usage.
-func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+func command(ctx context.Context, args []string, stdout, stderr io.Writer) (code int) {
 	var o options
 	fs := newFlags(&o, stderr)
-	open := openStack(fs)
+	stack := newUserspace(fs)
 	switch err := fs.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
 		return 0
@@ -36,13 +35,18 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	var net network = host{mss: o.mss}
 	if !o.hostSockets {
-		userspace, closer, err := open(slog.New(slog.NewTextHandler(stderr, nil)))
+		n, closeStack, err := stack.open(stderr)
 		if err != nil {
 			fmt.Fprintf(stderr, "iperf3: error - %v\n", err)
 			return 1
 		}
-		defer closer.Close()
-		net = userspace
+		defer func() {
+			if err := closeStack(); err != nil {
+				fmt.Fprintf(stderr, "iperf3: error - close the stack: %v\n", err)
+				code = max(code, 1)
+			}
+		}()
+		net = n
 	}
 	if err := start(ctx, net, &o, stdout, stderr); err != nil {
 		fmt.Fprintf(stderr, "iperf3: error - %v\n", err)

@@ -45,8 +45,9 @@ type text struct {
 	w      io.Writer
 	client bool
 
-	p     *params
-	local net.IP // of the control connection: a shared datagram socket has no address of its own
+	p       *params
+	counted bool   // some sender's retransmits are known
+	local   net.IP // of the control connection: a shared datagram socket has no address of its own
 }
 
 var _ reporter = (*text)(nil)
@@ -74,6 +75,7 @@ func (t *text) connected(streams []*stream) {
 		if localIP == nil || localIP.IsUnspecified() {
 			localIP = t.local
 		}
+		t.counted = t.counted || s.sends && s.read().retransmits >= 0
 		fmt.Fprintf(t.w, "[%3d] local %v port %d connected to %v port %d\n", s.tag, localIP, localPort, remoteIP, remotePort)
 	}
 	t.header(false)
@@ -91,9 +93,9 @@ func (t *text) header(final bool) {
 		columns = "         Total Datagrams"
 	case t.p.UDP:
 		columns = "         Jitter    Lost/Total Datagrams"
-	case final && (sends || t.client):
+	case t.counted && final:
 		columns = "         Retr"
-	case sends:
+	case t.counted:
 		columns = "         Retr  Cwnd"
 	}
 	fmt.Fprintf(t.w, "[ ID]%s Interval           Transfer     Bitrate%s\n", role, columns)
@@ -147,6 +149,9 @@ func (t *text) moment(s sample) string {
 }
 
 func (t *text) finished(s *summary) {
+	for _, total := range s.totals {
+		t.counted = t.counted || total.peer != nil && !total.stream.sends && total.peer.counters.retransmits >= 0
+	}
 	fmt.Fprintln(t.w, rule)
 	t.header(true)
 	for _, sends := range ways(s.totals[0].stream) {

@@ -1,0 +1,34 @@
+// Package shard runs the data path: a shard is one locked OS thread that takes
+// a frame from its TAP queue through TCP/IP and the application to the answer
+// that leaves, and shares nothing with other threads on the way.
+//
+// One turn of the loop (turn.go), each step on the shard's thread:
+//
+//  1. read: up to a budget of frames, each into a receive buffer (rx.go)
+//  2. steer: parse and hash; the flow's group is mine, or its owner's ring gets
+//     the frame
+//  3. deliver: the group's gVisor netstack does IP, and TCP segments are queued
+//     on their endpoints (group.go, link.go)
+//  4. process: TCP of every endpoint that got segments (inline.go)
+//  5. timers: retransmission, keep-alive and the like (clock.go)
+//  6. run: tasks from other goroutines (mail.go), then the application: events
+//     of connections and sockets (conn.go, listener.go, udp.go)
+//  7. flush: what the turn sends, without the ACKs that became needless (tx.go)
+//  8. wait: look for work for a while, then block (Shard.wait)
+//
+// Who owns what: a [Group] and everything in it (netstack, device, clock,
+// connections) belongs to the thread of the shard that owns the group. Other
+// goroutines reach it through the shard's mailbox, and a [NetConn]'s bytes pass
+// through two single-producer, single-consumer rings. Frames for another shard
+// go through a bounded ring per pair of shards.
+//
+// Limits: receive buffers per shard, connections per shard, frames per ring,
+// accept backlog per listener and group, datagrams per [NetPacketConn]; each
+// has a counter in [Counters] that says when it was hit.
+//
+// What it does not do: open the device or choose the CPUs (packages dispatch
+// and stack), move a group to another shard, or run blocking code on a shard.
+//
+// This is the only package of the stack that imports gVisor, and
+// inline_unsafe.go the only file that reaches into it.
+package shard
