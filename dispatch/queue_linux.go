@@ -40,6 +40,12 @@ type Queue struct {
 // It is -1 once the device is closed. The queue keeps owning it.
 func (q *Queue) FD() int { return q.fd }
 
+// NewQueue returns a queue over a descriptor that is non-blocking and passes
+// one frame with its vnet header per read and write, like a TAP queue does and
+// one end of a socket pair of type SOCK_SEQPACKET can. The caller keeps owning
+// fd.
+func NewQueue(fd int) *Queue { return &Queue{fd: fd} }
+
 // openQueue opens a queue that belongs to no device yet.
 func openQueue() (*Queue, error) {
 	fd, err := unix.Open(tunPath, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)

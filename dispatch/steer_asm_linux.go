@@ -123,15 +123,16 @@ func (a *assembler) loadAtR2(stack, n int32, fail string) {
 	)
 }
 
-// load8 and load16 read a number in network order from the stack.
+// load8 reads a byte from the stack.
 func (a *assembler) load8(dst asm.Register, stack int) {
 	a.add(asm.LoadMem(dst, asm.RFP, int16(stack), asm.Byte))
 }
 
-func (a *assembler) load16(dst asm.Register, stack int) {
+// load16 reads a number in network order from the stack into R1.
+func (a *assembler) load16(stack int) {
 	a.add(
-		asm.LoadMem(dst, asm.RFP, int16(stack), asm.Half),
-		asm.HostTo(asm.BE, dst, asm.Half),
+		asm.LoadMem(asm.R1, asm.RFP, int16(stack), asm.Half),
+		asm.HostTo(asm.BE, asm.R1, asm.Half),
 	)
 }
 
@@ -154,7 +155,7 @@ func (a *assembler) ethernet() {
 		asm.LoadMem(regEnd, regSKB, skbLen, asm.Word),
 	)
 	a.loadFixed(12, stackScratch, 2, labelBucket0)
-	a.load16(asm.R1, stackScratch)
+	a.load16(stackScratch)
 	a.add(
 		asm.JEq.Imm(asm.R1, etherTypeIPv4, "ip4"),
 		asm.JEq.Imm(asm.R1, etherTypeIPv6, "ip6"),
@@ -174,7 +175,7 @@ func (a *assembler) ipv4() {
 		asm.LSh.Imm(regL4, 2),
 		asm.JLT.Imm(regL4, ipv4Len, labelBucket0),
 	)
-	a.load16(asm.R1, stackHeader4+2)
+	a.load16(stackHeader4 + 2)
 	a.add(
 		asm.JLT.Reg(asm.R1, regL4, labelBucket0), // total < header
 		asm.Add.Imm(asm.R1, ethernetLen),
@@ -182,7 +183,7 @@ func (a *assembler) ipv4() {
 		asm.Mov.Reg(regEnd, asm.R1),
 		asm.Add.Imm(regL4, ethernetLen),
 	)
-	a.load16(asm.R1, stackHeader4+6)
+	a.load16(stackHeader4 + 6)
 	a.add(
 		asm.And.Imm(asm.R1, ipv4FragmentBits),
 		asm.JNE.Imm(asm.R1, 0, family4.hashAddrs()),
@@ -198,7 +199,7 @@ func (a *assembler) ipv6() {
 		asm.RSh.Imm(asm.R1, 4),
 		asm.JNE.Imm(asm.R1, 6, labelBucket0),
 	)
-	a.load16(asm.R1, stackHeader6+4)
+	a.load16(stackHeader6 + 4)
 	a.add(
 		asm.Add.Imm(asm.R1, ethernetLen+ipv6Len),
 		asm.JGT.Reg(asm.R1, regEnd, labelBucket0), // total > frame
@@ -245,7 +246,7 @@ func (a *assembler) extensions(name, fail string) {
 		a.within(extensionLen, fail)
 		a.load(stackScratch, extensionLen, fail)
 		a.load8(regProto, stackScratch)
-		a.load16(asm.R1, stackScratch+2)
+		a.load16(stackScratch + 2)
 		a.add(
 			asm.And.Imm(asm.R1, ipv6FragmentBits),
 			asm.JNE.Imm(asm.R1, 0, family6.hashAddrs()),
@@ -283,7 +284,7 @@ func (a *assembler) transport(f family, quoted func()) {
 
 	a.at(f.label("udp"))
 	a.load(int32(portsAt), 6, labelBucket0) // up to the length
-	a.load16(asm.R1, portsAt+4)
+	a.load16(portsAt + 4)
 	a.add(
 		asm.JLT.Imm(asm.R1, udpLen, labelBucket0),
 		asm.Add.Reg(asm.R1, regL4),
@@ -323,7 +324,7 @@ func (a *assembler) quoted4() {
 		asm.Add.Reg(regL4, asm.R1),
 	)
 	a.exchange(stackScratch+12, stackInput, 4)
-	a.load16(asm.R1, stackScratch+6)
+	a.load16(stackScratch + 6)
 	a.add(
 		asm.And.Imm(asm.R1, ipv4FragmentBits),
 		asm.JNE.Imm(asm.R1, 0, f.hashAddrs()),

@@ -84,7 +84,7 @@ func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
 		},
 	})
 	g.tcp.stats = g.stack.Stats().TCP
-	if err := g.stack.CreateNICWithOptions(nicID, &g.link, stack.NICOptions{Name: "tap"}); err != nil {
+	if err := g.stack.CreateNICWithOptions(nicID, &g.link, stack.NICOptions{Name: "tap", QDisc: &g.link}); err != nil {
 		return nil, fmt.Errorf("create device of group %d: %s", id, err)
 	}
 	var routes []tcpip.Route

@@ -74,11 +74,31 @@ type Set struct {
 
 // New makes the shards, one per queue, and starts their threads.
 func New(cfg Config) (*Set, error) {
+	set, err := newSet(cfg)
+	if err != nil {
+		return nil, err
+	}
+	for i, s := range set.shards {
+		set.running.Add(1)
+		if err := s.start(); err != nil {
+			for _, started := range set.shards[:i] {
+				started.stopping = true // its thread reads it after begin is closed
+			}
+			close(set.begin)
+			set.running.Wait()
+			set.closeEventFDs()
+			return nil, err
+		}
+	}
+	close(set.begin)
+	return set, nil
+}
+
+// newSet makes everything but the threads.
+func newSet(cfg Config) (*Set, error) {
 	if cfg.MAC == nil {
 		cfg.MAC = make(net.HardwareAddr, 6)
-		if _, err := rand.Read(cfg.MAC); err != nil {
-			return nil, fmt.Errorf("draw a MAC address: %w", err)
-		}
+		_, _ = rand.Read(cfg.MAC)      // never fails
 		cfg.MAC[0] = cfg.MAC[0]&^1 | 2 // unicast, locally administered
 	}
 	reta, err := dispatch.NewRETA(cfg.Groups, len(cfg.Queues))
@@ -104,19 +124,6 @@ func New(cfg Config) (*Set, error) {
 		}
 		set.shards = append(set.shards, s)
 	}
-	for i, s := range set.shards {
-		set.running.Add(1)
-		if err := s.start(); err != nil {
-			for _, started := range set.shards[:i] {
-				started.stopping = true // its thread reads it after begin is closed
-			}
-			close(set.begin)
-			set.running.Wait()
-			set.closeEventFDs()
-			return nil, err
-		}
-	}
-	close(set.begin)
 	return set, nil
 }
 

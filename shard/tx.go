@@ -1,6 +1,7 @@
 package shard
 
 import (
+	"bytes"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -85,12 +86,17 @@ func (t *txQueue) supersede(pkt *stack.PacketBuffer) {
 }
 
 func sameFlow(a, b *stack.PacketBuffer, aTCP, bTCP header.TCP) bool {
-	if a.NetworkProtocolNumber != b.NetworkProtocolNumber ||
-		aTCP.SourcePort() != bTCP.SourcePort() || aTCP.DestinationPort() != bTCP.DestinationPort() {
-		return false
+	return bytes.Equal(aTCP[:4], bTCP[:4]) && // ports
+		bytes.Equal(addresses(a), addresses(b))
+}
+
+// addresses returns the source and destination address of a packet we send.
+func addresses(pkt *stack.PacketBuffer) []byte {
+	h := pkt.NetworkHeader().Slice()
+	if pkt.NetworkProtocolNumber == header.IPv4ProtocolNumber {
+		return h[12:20] // RFC 791 section 3.1
 	}
-	aNet, bNet := a.Network(), b.Network()
-	return aNet.DestinationAddress() == bNet.DestinationAddress() && aNet.SourceAddress() == bNet.SourceAddress()
+	return h[8:40] // RFC 8200 section 3
 }
 
 // hasSACK reports whether a pure ACK carries more than the timestamp option,

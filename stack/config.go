@@ -151,8 +151,9 @@ type Config struct {
 	// Offload says whether frames may be larger than the MTU. Default
 	// OffloadAuto.
 	Offload Offload
-	// HashKey is the key of the Toeplitz hash. Default: random. Who knows it
-	// can choose the shard of a flow.
+	// HashKey is the key of the Toeplitz hash. Default: random, and checked to
+	// spread consecutive ports over all buckets. Who knows the key can choose
+	// the shard of a flow.
 	HashKey *dispatch.Key
 
 	// Spin is how long a shard without work looks for more before it blocks,
@@ -248,8 +249,6 @@ func (cfg *Config) validate() error {
 		return badField("Steering", cfg.Steering, fmt.Sprintf("one of %q", steeringNames))
 	case cfg.Offload < OffloadAuto || cfg.Offload > OffloadOff:
 		return badField("Offload", cfg.Offload, fmt.Sprintf("one of %q", offloadNames))
-	case cfg.HashKey != nil && !cfg.HashKey.ReachesAllBuckets():
-		return badField("HashKey", "one that does not reach every bucket", "one that does, or none for a random one")
 	}
 	return cfg.validateAddrs()
 }

@@ -49,6 +49,9 @@ func New(cfg Config) (_ *Stack, err error) {
 	var key dispatch.Key
 	if cfg.HashKey != nil {
 		key = *cfg.HashKey
+		if !key.ReachesAllBuckets() {
+			cfg.Logger.Warn("the hash key leaves buckets empty when clients use consecutive ports")
+		}
 	} else if key, err = dispatch.NewKey(); err != nil {
 		return nil, err
 	}

@@ -175,7 +175,7 @@ func (c *client) greet(ctx context.Context, conn net.Conn, p *params, hello []by
 		return err
 	}
 	if p.UDP {
-		// With -R the first datagrams of another stream's test cannot come here, but stray ones may.
+		// Anything else that arrives is not ours to judge: wait for the answer until the deadline.
 		b := make([]byte, maxDatagram)
 		for {
 			n, err := conn.Read(b)
@@ -207,7 +207,6 @@ func (c *client) measure(ctx context.Context, ctl *control, r *run) (state, erro
 		return 0, ctx.Err()
 	}
 	if end.err != nil {
-		// Why a stream broke is often what the server says a moment later.
 		return 0, end.err
 	}
 	if end.state != 0 { // the server ended the test: terminated, or failed

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"maps"
 	"net"
 	"net/netip"
 	"sync"
@@ -69,7 +70,7 @@ func newDatagrams(conn net.PacketConn) *datagrams {
 	return d
 }
 
-// serve receives until the socket is closed.
+// serve receives until the socket fails, which is the error it returns; closing it is one way.
 func (d *datagrams) serve() error {
 	b := make([]byte, 64<<10)
 	for {
@@ -105,9 +106,7 @@ func (d *datagrams) admit(b []byte, from netip.AddrPort) {
 	}
 	p := &peer{socket: d, at: from, addr: net.UDPAddrFromAddrPort(from), reply: reply}
 	peers := map[netip.AddrPort]*peer{from: p}
-	for at, other := range *d.peers.Load() {
-		peers[at] = other
-	}
+	maps.Copy(peers, *d.peers.Load())
 	d.peers.Store(&peers)
 	j.left--
 	j.opened <- p

@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		fmt.Fprintf(os.Stderr, "no network namespace (%v): only tests without a network run\n", err)
-		noNetwork = err
+		errNoNetwork = err
 	} else if err := loopbackUp(); err != nil {
 		fmt.Fprintln(os.Stderr, "loopback device:", err)
 		os.Exit(1)
@@ -58,8 +58,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// noNetwork is why tests that send packets cannot run.
-var noNetwork error
+// errNoNetwork is why tests that send packets cannot run.
+var errNoNetwork error
 
 func loopbackUp() error {
 	lo, err := netlink.LinkByName("lo")
@@ -101,8 +101,8 @@ func (l *locked) String() string {
 // serve starts our server on a free port; it ends with the test.
 func serve(t *testing.T, l limits) *running {
 	t.Helper()
-	if noNetwork != nil {
-		t.Skipf("needs a network namespace: %v", noNetwork)
+	if errNoNetwork != nil {
+		t.Skipf("needs a network namespace: %v", errNoNetwork)
 	}
 	listener, err := net.Listen("tcp", ":0")
 	if err != nil {
@@ -328,8 +328,8 @@ func TestOwnClient(t *testing.T) {
 
 func TestOriginalServer(t *testing.T) {
 	needOriginal(t)
-	if noNetwork != nil {
-		t.Skipf("needs a network namespace: %v", noNetwork)
+	if errNoNetwork != nil {
+		t.Skipf("needs a network namespace: %v", errNoNetwork)
 	}
 	const port = 5301
 	server := exec.Command("iperf3", "-s", "-p", fmt.Sprint(port), "--forceflush")
@@ -646,8 +646,8 @@ func TestClientTerminates(t *testing.T) {
 }
 
 func TestOneOff(t *testing.T) {
-	if noNetwork != nil {
-		t.Skipf("needs a network namespace: %v", noNetwork)
+	if errNoNetwork != nil {
+		t.Skipf("needs a network namespace: %v", errNoNetwork)
 	}
 	const port = 5302
 	done := make(chan int, 1)
@@ -676,8 +676,8 @@ func TestOneOff(t *testing.T) {
 }
 
 func TestClientErrors(t *testing.T) {
-	if noNetwork != nil {
-		t.Skipf("needs a network namespace: %v", noNetwork)
+	if errNoNetwork != nil {
+		t.Skipf("needs a network namespace: %v", errNoNetwork)
 	}
 	for _, test := range []struct{ name, says, want string }{
 		{"denies access", "\xff", "busy"},
@@ -712,4 +712,52 @@ func TestClientErrors(t *testing.T) {
 	if _, err := ours(t, 1, "-t 1"); err == nil || !strings.Contains(err.Error(), "refused") {
 		t.Errorf("no server: got %v: want refused", err)
 	}
+}
+
+// TestStrangers tries to join somebody else's test while it waits for its streams.
+func TestStrangers(t *testing.T) {
+	s := serve(t, defaultLimits)
+	id := newCookie()
+	c := begin(t, s.port, id)
+	if err := c.writeJSON("parameters", &params{UDP: true, Len: 1000, Parallel: 1, Time: 1}); err != nil {
+		t.Fatal(err)
+	}
+	expect(t, c, stateCreateStreams)
+	join := func(from string) error {
+		dialer := net.Dialer{LocalAddr: &net.UDPAddr{IP: net.ParseIP(from)}}
+		conn, err := dialer.Dial("udp4", fmt.Sprintf("127.0.0.1:%d", s.port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		_, _ = conn.Write(connectMessage[:])
+		_ = conn.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+		_, err = conn.Read(make([]byte, 10))
+		return err
+	}
+	if err := join("127.0.0.2"); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("a stranger's stream: got %v: want no answer", err)
+	}
+	if err := join("127.0.0.1"); err != nil {
+		t.Errorf("the client's stream: %v", err)
+	}
+	c.Close()
+
+	s = serve(t, defaultLimits)
+	c = begin(t, s.port, id)
+	if err := c.writeJSON("parameters", &params{TCP: true, Len: 1000, Parallel: 1, Time: 1}); err != nil {
+		t.Fatal(err)
+	}
+	expect(t, c, stateCreateStreams)
+	conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", s.port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	stranger := &control{Conn: conn, timeout: time.Second}
+	other := newCookie()
+	if err := stranger.write("cookie", other[:]); err != nil {
+		t.Fatal(err)
+	}
+	expect(t, stranger, stateAccessDenied)
 }

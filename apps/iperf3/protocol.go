@@ -89,7 +89,7 @@ const (
 	codeBlockLen      = 7   // block size out of range
 	codeUnimplemented = 13  // option not implemented
 	codeParams        = 114 // parameters could not be received
-	codeStreamFailed  = 205 // a data stream could not be read
+	codeStreamFailed  = 206 // a data stream could not be read
 )
 
 // The ways a peer ends a test on purpose.

@@ -89,7 +89,7 @@ func (s *server) serveOn(ctx context.Context, listener net.Listener, packets net
 	defer s.conns.Wait()
 	defer cancel(nil)
 	s.conns.Go(func() {
-		if err := s.datagrams.serve(); err != nil && ctx.Err() == nil {
+		if err := s.datagrams.serve(); ctx.Err() == nil {
 			cancel(fmt.Errorf("receive datagrams: %w", err))
 		}
 	})
@@ -132,15 +132,14 @@ func (s *server) serveOn(ctx context.Context, listener net.Listener, packets net
 	}
 }
 
-// errOneOff ends the server after its only test.
-type errOneOff struct{ err error }
+// oneOffError ends the server after its only test; err is how that went.
+type oneOffError struct{ err error }
 
-func (e errOneOff) Error() string { return "one test done" }
+func (e oneOffError) Error() string { return "one test done" }
 
 func (s *server) ended(ctx context.Context) error {
 	cause := context.Cause(ctx)
-	var done errOneOff
-	if errors.As(cause, &done) {
+	if done, ok := errors.AsType[oneOffError](cause); ok {
 		return done.err
 	}
 	if errors.Is(cause, context.Canceled) {
@@ -182,7 +181,7 @@ func (s *server) meet(ctx context.Context, cancel context.CancelCauseFunc, conn 
 		s.mu.Unlock()
 		err := s.conduct(ctx, test)
 		if s.options.oneOff {
-			cancel(errOneOff{err})
+			cancel(oneOffError{err})
 		} else if ctx.Err() == nil {
 			s.announce(next)
 		}
@@ -232,8 +231,7 @@ func (s *server) steps(ctx context.Context, test *session) (err error) {
 		p.Len = defaultBlockLen
 	}
 	if err := p.validate(); err != nil {
-		var refused *invalid
-		if errors.As(err, &refused) {
+		if refused, ok := errors.AsType[*invalid](err); ok {
 			_ = c.writeError(refused.code)
 		}
 		return err
@@ -248,7 +246,7 @@ func (s *server) steps(ctx context.Context, test *session) (err error) {
 	}()
 	report.began(&p, test.cookie, c.LocalAddr(), c.RemoteAddr(), "")
 	r := newRun(&p, false, s.options.interval, s.limits, report)
-	heard := make(<-chan watched)
+	var heard <-chan watched
 	if r.streams, heard, err = s.streams(ctx, test, &p, r.received); err != nil {
 		return err
 	}

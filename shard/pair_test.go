@@ -1,0 +1,178 @@
+package shard
+
+import (
+	"io"
+	"log/slog"
+	"net/netip"
+	"runtime"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"numastack/dispatch"
+	"numastack/numaalloc"
+)
+
+// The addresses of the two stacks of a pair.
+var (
+	addrA = netip.MustParseAddr("10.1.0.1")
+	addrB = netip.MustParseAddr("10.1.0.2")
+	addr6 = [2]netip.Addr{netip.MustParseAddr("fd01::1"), netip.MustParseAddr("fd01::2")}
+)
+
+func testConfig(t testing.TB, side, fd int) Config {
+	t.Helper()
+	cpus, err := numaalloc.AllowedCPUs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := dispatch.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return Config{
+		Device: "pair", Queues: []*dispatch.Queue{dispatch.NewQueue(fd)},
+		MTU: 1500, GSO: true, CPUs: []int{cpus[side%len(cpus)]}, Groups: 4, Key: key,
+		Addrs: []netip.Prefix{
+			netip.PrefixFrom([2]netip.Addr{addrA, addrB}[side], 24),
+			netip.PrefixFrom(addr6[side], 64),
+		},
+		Spin: 20 * time.Microsecond, RxBuffers: 64, MaxConns: 1000, Drain: time.Second,
+		Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+	}
+}
+
+// socketPair is a cable: what goes in at one end comes out at the other,
+// frame by frame. Super-frames pass whole, as on a TAP.
+func socketPair(t testing.TB) (a, b int) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range fds {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 16<<20); err != nil {
+			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 16<<20) // what an ordinary user gets
+		}
+	}
+	t.Cleanup(func() { _ = unix.Close(fds[0]); _ = unix.Close(fds[1]) })
+	return fds[0], fds[1]
+}
+
+// startPair returns two running stacks that are connected to each other.
+func startPair(t testing.TB, tune func(*Config)) (a, b *Set) {
+	t.Helper()
+	fdA, fdB := socketPair(t)
+	start := func(side, fd int) *Set {
+		cfg := testConfig(t, side, fd)
+		if tune != nil {
+			tune(&cfg)
+		}
+		set, err := New(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(set.Close)
+		return set
+	}
+	return start(0, fdA), start(1, fdB)
+}
+
+// steppedPair returns two shards without threads: the test's goroutine runs
+// their turns, one after the other.
+func steppedPair(t testing.TB) (a, b *Shard) {
+	t.Helper()
+	runtime.LockOSThread()
+	t.Cleanup(runtime.UnlockOSThread)
+	fdA, fdB := socketPair(t)
+	step := func(side, fd int) *Shard {
+		cfg := testConfig(t, side, fd)
+		set, err := newSet(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := set.shards[0]
+		if err := s.setup(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { s.teardown(); set.closeEventFDs() })
+		return s
+	}
+	a, b = step(0, fdA), step(1, fdB)
+	t.Cleanup(func() { restoreAffinity(t) })
+	return a, b
+}
+
+// restoreAffinity lets the test's thread run everywhere again.
+func restoreAffinity(t testing.TB) {
+	t.Helper()
+	cpus, err := numaalloc.AllowedCPUs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var set unix.CPUSet
+	for _, cpu := range cpus {
+		set.Set(cpu)
+	}
+	if err := unix.SchedSetaffinity(0, &set); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// settle runs turns of both shards until neither finds work.
+func settle(t testing.TB, shards ...*Shard) {
+	t.Helper()
+	for range 10_000 {
+		worked := false
+		for _, s := range shards {
+			worked = s.turn() || worked
+		}
+		if !worked {
+			return
+		}
+	}
+	t.Fatal("the shards find work for ever")
+}
+
+// testHandler is a Handler of functions; a nil one does nothing, and a nil
+// data consumes everything.
+type testHandler struct {
+	open     func(*Conn)
+	data     func(*Conn, []byte) int
+	writable func(*Conn)
+	close    func(*Conn, error)
+}
+
+func (h *testHandler) Open(c *Conn) {
+	if h.open != nil {
+		h.open(c)
+	}
+}
+
+func (h *testHandler) Data(c *Conn, b []byte) int {
+	if h.data != nil {
+		return h.data(c, b)
+	}
+	return len(b)
+}
+
+func (h *testHandler) Writable(c *Conn) {
+	if h.writable != nil {
+		h.writable(c)
+	}
+}
+
+func (h *testHandler) Close(c *Conn, err error) {
+	if h.close != nil {
+		h.close(c, err)
+	}
+}
+
+// echoHandler answers with what it got.
+func echoHandler() *testHandler {
+	return &testHandler{data: func(c *Conn, b []byte) int {
+		n, _ := c.Write(b)
+		return n
+	}}
+}
