@@ -3,6 +3,7 @@ package shard
 import (
 	"net/netip"
 	"sync"
+	"syscall"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
@@ -17,7 +18,8 @@ const acceptBudget = 64
 // Listener accepts TCP connections in every flow group.
 type Listener struct {
 	set   *Set
-	addr  netip.AddrPort
+	addr  netip.AddrPort // as reported
+	addrs []netip.Addr   // bound
 	close sync.Once
 	parts [][]*listenerPart // by group; each owned by the group's thread
 }
@@ -37,7 +39,15 @@ type listenerPart struct {
 // unspecified address means every address of its family; port 0 chooses one.
 // It may be called from any goroutine but a shard's.
 func (set *Set) Listen(addrs []netip.Addr, port uint16, backlog int, h Handler) (*Listener, error) {
-	l := &Listener{set: set, addr: reportedAddr(addrs, port), parts: make([][]*listenerPart, len(set.groups))}
+	l := &Listener{set: set, addr: reportedAddr(addrs, port), addrs: addrs, parts: make([][]*listenerPart, len(set.groups))}
+	// One at a time: what is checked here is true until it is used.
+	set.listenMu.Lock()
+	defer set.listenMu.Unlock()
+	for other := range set.listeners {
+		if port != 0 && other.addr.Port() == port && overlap(other.addrs, addrs) {
+			return nil, opError("listen", "tcp", netip.AddrPort{}, l.addr, syscall.EADDRINUSE)
+		}
+	}
 	for id := range set.groups {
 		err := set.doGroup(id, func(g *Group) error {
 			for _, a := range addrs {
@@ -53,11 +63,26 @@ func (set *Set) Listen(addrs []netip.Addr, port uint16, backlog int, h Handler) 
 			return nil
 		})
 		if err != nil {
-			l.Close()
+			l.closeParts()
 			return nil, opError("listen", "tcp", netip.AddrPort{}, l.addr, err)
 		}
 	}
+	set.listeners[l] = struct{}{}
 	return l, nil
+}
+
+// overlap reports whether one address is on both lists, or a wildcard on one
+// covers an address on the other. gVisor does not look: with the option that
+// lets a listener come back while its connections last, it takes any two.
+func overlap(a, b []netip.Addr) bool {
+	for _, x := range a {
+		for _, y := range b {
+			if x.Is4() == y.Is4() && (x == y || x.IsUnspecified() || y.IsUnspecified()) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // reportedAddr is how a listener on several addresses calls itself.
@@ -75,15 +100,22 @@ func (l *Listener) Addr() netip.AddrPort { return l.addr }
 // called from any goroutine but a shard's.
 func (l *Listener) Close() {
 	l.close.Do(func() {
-		for id := range l.parts {
-			_ = l.set.doGroup(id, func(*Group) error { // a set that has ended has none
-				for _, p := range l.parts[id] {
-					p.close()
-				}
-				return nil
-			})
-		}
+		l.closeParts()
+		l.set.listenMu.Lock()
+		defer l.set.listenMu.Unlock()
+		delete(l.set.listeners, l)
 	})
+}
+
+func (l *Listener) closeParts() {
+	for id := range l.parts {
+		_ = l.set.doGroup(id, func(*Group) error { // a set that has ended has none
+			for _, p := range l.parts[id] {
+				p.close()
+			}
+			return nil
+		})
+	}
 }
 
 func (g *Group) listen(addr netip.AddrPort, backlog int, h Handler) (*listenerPart, error) {

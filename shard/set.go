@@ -70,6 +70,9 @@ type Set struct {
 	final    []Counters    // the last ones, once ended
 
 	dials atomic.Uint32 // spreads dials over groups
+
+	listenMu  sync.Mutex
+	listeners map[*Listener]struct{} // guarded by listenMu
 }
 
 // New makes the shards, one per queue, and starts their threads.
@@ -112,9 +115,12 @@ func newSet(cfg Config) (*Set, error) {
 		toeplitz: dispatch.NewToeplitz(cfg.Key),
 		reta:     reta,
 		groups:   make([]*Group, cfg.Groups),
-		begin:    make(chan struct{}),
-		done:     make(chan struct{}),
-		ended:    make(chan struct{}),
+
+		listeners: make(map[*Listener]struct{}),
+
+		begin: make(chan struct{}),
+		done:  make(chan struct{}),
+		ended: make(chan struct{}),
 	}
 	for id, queue := range cfg.Queues {
 		s, err := set.newShard(id, queue)
