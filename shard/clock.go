@@ -8,8 +8,11 @@ import (
 )
 
 // clock is the time of one flow group and the timers its netstack has armed.
-// Time stands still within a turn: the shard reads the kernel's clock once and
-// every segment, RTT sample and timer of that turn sees the same instant.
+// The shard reads the kernel's clock once per turn; within the turn time only
+// moves by a nanosecond per question. It must not stand still: gVisor's RACK
+// takes the segments that were sent in the same instant as an acknowledged one
+// for lost, and sends them again (tcp/rack.go, detectLoss; RFC 8985 section 6.2
+// breaks the tie by sequence number).
 //
 // Owned by the thread that owns the group.
 type clock struct {
@@ -26,6 +29,7 @@ func (c *clock) Now() time.Time { return c.start.Add(time.Duration(*c.now)) }
 
 // NowMonotonic implements tcpip.Clock.
 func (c *clock) NowMonotonic() tcpip.MonotonicTime {
+	*c.now++
 	return tcpip.MonotonicTime{}.Add(time.Duration(*c.now))
 }
 

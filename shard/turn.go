@@ -33,7 +33,7 @@ func (s *Shard) loop() {
 // turn is one pass: read, steer, deliver, process, timers, run, flush. It
 // returns whether there was anything to do.
 func (s *Shard) turn() bool {
-	s.now = s.readClock()
+	s.now = max(s.readClock(), s.now)
 	s.rx.sweep()
 	work := s.read()
 	work += s.readRings()
@@ -270,7 +270,7 @@ func (s *Shard) wait() {
 		var b [8]byte
 		_, _ = unix.Read(s.eventFD, b[:])
 	}
-	s.now = s.readClock()
+	s.now = max(s.readClock(), s.now)
 	s.lastWork = s.now
 }
 
