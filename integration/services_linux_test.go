@@ -189,3 +189,6 @@ func roundTrip(c net.Conn, b []byte) error {
 	}
 	return same(got, b)
 }
+
+// ignoreDatagrams is a service that has nothing to do.
+func ignoreDatagrams(*stack.Socket, []byte, netip.AddrPort) {}

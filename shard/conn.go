@@ -65,6 +65,7 @@ type Conn struct {
 	queued    bool // in shard.ready
 	opened    bool
 	dialing   bool
+	near      bool // the peer is so close that large buffers only go cold
 	paused    bool // the handler left bytes unread
 	eof       bool // the handler knows that nothing more comes
 	wantWrite bool // a Write was short
@@ -136,6 +137,7 @@ func (c *Conn) serve(s *Shard) {
 	c.serving = true
 	if !c.opened {
 		c.opened = true
+		c.tune(s)
 		c.h.Open(c)
 	}
 	if events&waiter.WritableEvents != 0 && !c.closing && c.wantWrite {
@@ -229,12 +231,29 @@ func (c *Conn) receive(s *Shard) error {
 		if consumed > 0 {
 			s.scratch.discard.n = consumed
 			_, _ = c.ep.Read(&s.scratch.discard, tcpip.ReadOptions{}) // what was peeked is there
-			if mr, ok := c.ep.(interface{ ModerateRecvBuf(int) }); ok {
-				mr.ModerateRecvBuf(consumed)
+			if !c.near {
+				c.ep.ModerateRecvBuf(consumed)
 			}
 		}
 	}
 	return nil
+}
+
+// nearRTT is the round trip time below which a connection keeps the buffer
+// sizes it starts with. Growing them pays off when much is on the way; on the
+// same machine it only moves the bytes out of the cache before the peer reads
+// them: eight streams out ran at 28 Gbit/s with 4 MiB each and at 47 with 768
+// KiB. gVisor never reports less than 1 ms.
+const nearRTT = 2 * time.Millisecond
+
+// tune fixes the buffer sizes of a connection to a near peer. Those of others
+// grow with what is on the way.
+func (c *Conn) tune(s *Shard) {
+	info := &s.scratch.info
+	if err := c.ep.GetSockOpt(info); err == nil && info.RTT > 0 && info.RTT < nearRTT {
+		c.near = true
+		c.ep.SocketOptions().SetSendBufferSize(int64(s.set.cfg.SendBuffer), true)
+	}
 }
 
 // finish ends the connection's events and gives its endpoint back to gVisor,
@@ -360,6 +379,7 @@ type scratch struct {
 	discard    discarder
 	payload    payloader
 	to         tcpip.FullAddress
+	info       tcpip.TCPInfoOption
 	datagram   [maxDatagram]byte // one cut from a super-frame
 	datagramIn gatherer          // one on its way to a handler
 }

@@ -13,6 +13,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 
 	"numastack/dispatch"
@@ -84,6 +85,9 @@ func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
 		},
 	})
 	g.tcp.stats = g.stack.Stats().TCP
+	if err := g.setBuffers(cfg.SendBuffer, cfg.ReceiveBuffer); err != nil {
+		return nil, fmt.Errorf("size buffers of group %d: %s", id, err)
+	}
 	if err := g.stack.CreateNICWithOptions(nicID, &g.link, stack.NICOptions{Name: "tap", QDisc: &g.link}); err != nil {
 		return nil, fmt.Errorf("create device of group %d: %s", id, err)
 	}
@@ -107,6 +111,20 @@ func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
 	}
 	g.stack.SetRouteTable(routes)
 	return g, nil
+}
+
+// maxAutoBuffer is the size in bytes up to which gVisor may grow the buffers of
+// a connection to a far peer by itself.
+const maxAutoBuffer = 4 << 20
+
+// setBuffers sets the sizes that connections start with.
+func (g *Group) setBuffers(send, receive int) tcpip.Error {
+	s := tcpip.TCPSendBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: send, Max: max(send, maxAutoBuffer)}
+	if err := g.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &s); err != nil {
+		return err
+	}
+	r := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: receive, Max: max(receive, maxAutoBuffer)}
+	return g.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &r)
 }
 
 // activate puts the group on the shard's list of groups whose TCP has work.

@@ -38,7 +38,7 @@ func testConfig(t testing.TB, side, fd int) Config {
 			netip.PrefixFrom([2]netip.Addr{addrA, addrB}[side], 24),
 			netip.PrefixFrom(addr6[side], 64),
 		},
-		Spin: 20 * time.Microsecond, RxBuffers: 64, MaxConns: 1000, Drain: time.Second,
+		Spin: 20 * time.Microsecond, SendBuffer: 768 << 10, ReceiveBuffer: 512 << 10, RxBuffers: 64, MaxConns: 1000, Drain: time.Second,
 		Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
 	}
 }

@@ -32,20 +32,22 @@ const (
 // Config is what the shards of one stack share. All fields are required
 // unless they say otherwise; package stack has defaults and checks them.
 type Config struct {
-	Device    string // name of the TAP, for messages
-	Queues    []*dispatch.Queue
-	MAC       net.HardwareAddr // the stack's; nil draws a random one
-	MTU       int              // bytes of an IP packet
-	GSO       bool             // the kernel takes TCP super-frames
-	CPUs      []int            // by shard
-	Groups    int
-	Key       dispatch.Key
-	Addrs     []netip.Prefix // the stack's addresses
-	Gateways  []netip.Addr   // default routes; may be empty
-	Spin      time.Duration  // how long an idle shard looks for work before it blocks
-	RxBuffers int            // receive buffers per shard
-	MaxConns  int            // connections per shard
-	Drain     time.Duration  // how long Close lets connections say goodbye
+	Device                    string // name of the TAP, for messages
+	Queues                    []*dispatch.Queue
+	MAC                       net.HardwareAddr // the stack's; nil draws a random one
+	MTU                       int              // bytes of an IP packet
+	GSO                       bool             // the kernel takes TCP super-frames
+	CPUs                      []int            // by shard
+	Groups                    int
+	Key                       dispatch.Key
+	Addrs                     []netip.Prefix // the stack's addresses
+	Gateways                  []netip.Addr   // default routes; may be empty
+	Spin                      time.Duration  // how long an idle shard looks for work before it blocks
+	SendBuffer, ReceiveBuffer int            // bytes per TCP connection to start with
+
+	RxBuffers int           // receive buffers per shard
+	MaxConns  int           // connections per shard
+	Drain     time.Duration // how long Close lets connections say goodbye
 	Logger    *slog.Logger
 }
 

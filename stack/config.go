@@ -22,6 +22,12 @@ const (
 	DefaultRxBuffers = 512
 	DefaultDrain     = 500 * time.Millisecond
 
+	DefaultSendBuffer    = 768 << 10
+	DefaultReceiveBuffer = 512 << 10
+
+	minBuffer = 4 << 10
+	maxBuffer = 1 << 30
+
 	minMTU     = 576
 	minMTUIPv6 = 1280
 	maxMTU     = 65521
@@ -167,6 +173,12 @@ type Config struct {
 	// MaxConns is how many connections may exist, spread evenly over the
 	// shards; further ones are reset and counted. Default 1,048,576.
 	MaxConns int
+	// SendBuffer is how many bytes a TCP connection takes from Write before the
+	// peer has acknowledged them, and ReceiveBuffer how many it holds, overhead
+	// included, before the application has read them; both 4 KiB to 1 GiB.
+	// With a peer farther away than 2 ms they grow, to 4 MiB unless they are
+	// larger. Default 768 KiB and 512 KiB.
+	SendBuffer, ReceiveBuffer int
 	// RxBuffers is how many receive buffers of 64 KiB a shard makes at most.
 	// They are made when needed; without a free one, payload is copied, and
 	// counted. Default 512.
@@ -190,6 +202,8 @@ func (cfg Config) withDefaults() (Config, error) {
 	setDefault(&cfg.MaxConns, DefaultMaxConns)
 	setDefault(&cfg.RxBuffers, DefaultRxBuffers)
 	setDefault(&cfg.Drain, DefaultDrain)
+	setDefault(&cfg.SendBuffer, DefaultSendBuffer)
+	setDefault(&cfg.ReceiveBuffer, DefaultReceiveBuffer)
 	cfg.Spin = max(cfg.Spin, 0)
 	cfg.Drain = max(cfg.Drain, 0)
 	if cfg.Logger == nil {
@@ -236,6 +250,8 @@ func (cfg *Config) validate() error {
 		inRange("MTU", cfg.MTU, lowMTU, maxMTU),
 		inRange("Backlog", cfg.Backlog, 1, 1<<16-1),
 		inRange("MaxConns", cfg.MaxConns, 1, 1<<30),
+		inRange("SendBuffer", cfg.SendBuffer, minBuffer, maxBuffer),
+		inRange("ReceiveBuffer", cfg.ReceiveBuffer, minBuffer, maxBuffer),
 		inRange("RxBuffers", cfg.RxBuffers, 1, 1<<20),
 	} {
 		if err != nil {

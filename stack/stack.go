@@ -60,20 +60,22 @@ func New(cfg Config) (_ *Stack, err error) {
 		queues[i] = s.device.Queue(i)
 	}
 	if s.set, err = shard.New(shard.Config{
-		Device:    cfg.Device,
-		Queues:    queues,
-		MTU:       cfg.MTU,
-		GSO:       cfg.Offload == OffloadAuto,
-		CPUs:      cfg.CPUs,
-		Groups:    cfg.Groups,
-		Key:       key,
-		Addrs:     cfg.Addrs,
-		Gateways:  cfg.Gateways,
-		Spin:      cfg.Spin,
-		RxBuffers: cfg.RxBuffers,
-		MaxConns:  (cfg.MaxConns + cfg.Shards - 1) / cfg.Shards,
-		Drain:     cfg.Drain,
-		Logger:    cfg.Logger,
+		Device:        cfg.Device,
+		Queues:        queues,
+		MTU:           cfg.MTU,
+		GSO:           cfg.Offload == OffloadAuto,
+		CPUs:          cfg.CPUs,
+		Groups:        cfg.Groups,
+		Key:           key,
+		Addrs:         cfg.Addrs,
+		Gateways:      cfg.Gateways,
+		Spin:          cfg.Spin,
+		SendBuffer:    cfg.SendBuffer,
+		ReceiveBuffer: cfg.ReceiveBuffer,
+		RxBuffers:     cfg.RxBuffers,
+		MaxConns:      (cfg.MaxConns + cfg.Shards - 1) / cfg.Shards,
+		Drain:         cfg.Drain,
+		Logger:        cfg.Logger,
 	}); err != nil {
 		return nil, err
 	}
