@@ -18,7 +18,7 @@ import (
 
 // patience is how long a test waits for what should take milliseconds: the
 // machine may be busy with others.
-const patience = 20 * time.Second
+const patience = 10 * time.Second
 
 // variant is one way to set up a stack.
 type variant struct {
