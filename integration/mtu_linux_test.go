@@ -54,9 +54,9 @@ func TestMTU(t *testing.T) {
 						t.Fatalf("frame %d of the stack has a partial checksum, with offload off", i)
 					}
 				}
-				// Handshakes and pure ACKs alone are more than this.
-				if checked < 20 {
-					t.Errorf("only %d of %d frames of the stack had a checksum to verify, want at least 20", checked, len(frames))
+				// The SYN-ACKs alone are as many.
+				if checked < 5 {
+					t.Errorf("only %d of %d frames of the stack had a checksum to verify, want at least 5", checked, len(frames))
 				}
 				ours, kernels := longest(frames)
 				switch limit := mtu + ethernetLen; {

@@ -22,9 +22,11 @@ func TestSteering(t *testing.T) {
 		before := r.sum().Missteered // what the kernel said while the device came up
 		r.forFamilies(t, func(t *testing.T, f family) {
 			for i := range flows {
-				if err := exchange(dialTCP(t, f.self, echoPort), payload(uint64(i), 3000)); err != nil {
+				c := dialTCP(t, f.self, echoPort)
+				if err := roundTrip(c, payload(uint64(i), 3000)); err != nil {
 					t.Fatal(err)
 				}
+				_ = c.Close()
 			}
 			echoDatagrams(t, f, 1, 1000, 5000, 40_000)
 		})
@@ -76,7 +78,7 @@ func TestEveryBucketGetsFlows(t *testing.T) {
 						t.Fatal(err)
 					}
 					setDeadline(t, c)
-					if err := exchange(c.(*net.TCPConn), []byte("bucket")); err != nil {
+					if err := roundTrip(c, []byte("bucket")); err != nil {
 						t.Errorf("port %d: %v", local.Port(), err)
 					}
 					_ = c.Close()

@@ -70,3 +70,13 @@ func TestClockRearmEndsTheStep(t *testing.T) {
 		t.Fatalf("fired %d times in one step, want 1", n)
 	}
 }
+
+// Segments that are sent in one turn have to differ in time; see clock.
+func TestTimeMovesWithinATurn(t *testing.T) {
+	now, earliest := int64(10), int64(never)
+	c := &clock{now: &now, earliest: &earliest}
+	first, second := c.NowMonotonic(), c.NowMonotonic()
+	if !first.Before(second) {
+		t.Errorf("two questions for the time were answered with %v and %v, want a later one", first, second)
+	}
+}

@@ -139,6 +139,19 @@ func (h *netHandler) EOF(c *Conn) {
 	close(n.readEnd)
 }
 
+// leave implements leaver.
+func (h *netHandler) leave(c *Conn) {
+	n, _ := c.Context().(*NetConn)
+	if n == nil || n.c == nil { // not accepted yet, or still dialling
+		c.end(net.ErrClosed)
+		return
+	}
+	n.closed.Store(true)
+	n.drain()
+	n.hint(&n.readWaits, n.readable)
+	n.hint(&n.writeWaits, n.writable)
+}
+
 // hint wakes a goroutine that waits.
 func (n *NetConn) hint(waits *atomic.Bool, ch chan struct{}) {
 	if waits.Load() {

@@ -76,7 +76,7 @@ func TestNetConnCarriesBytes(t *testing.T) {
 
 // Close returns at once, but what was written before still arrives.
 func TestNetConnCloseFlushes(t *testing.T) {
-	a, b := startPair(t, nil)
+	a, b := startPair(t, func(cfg *Config) { cfg.SendBuffer = 16 << 10 }) // much is left when Close is called
 	client, server := netPair(t, a, b)
 	sent := bytes.Repeat([]byte("0123456789"), 100_000)
 	go func() {
@@ -204,8 +204,32 @@ func TestCloseSaysGoodbye(t *testing.T) {
 	t.Errorf("%d goroutines after Close, %d before New", runtime.NumGoroutine(), before)
 }
 
-func TestLimits(t *testing.T) {
-	a, b := startPair(t, func(cfg *Config) { cfg.MaxConns = 3 })
+// Closing a stack still sends what the peer has no room for yet.
+func TestCloseDrains(t *testing.T) {
+	a, b := startPair(t, func(cfg *Config) { cfg.SendBuffer, cfg.ReceiveBuffer, cfg.Drain = 64<<10, 64<<10, 5*time.Second })
+	client, server := netPair(t, a, b)
+	sent := bytes.Repeat([]byte("0123456789"), 60_000) // more than both buffers, less than with the rings
+	if n, err := server.Write(sent); n != len(sent) || err != nil {
+		t.Fatalf("Write = %d, %v", n, err)
+	}
+	received := make(chan []byte)
+	go func() {
+		time.Sleep(50 * time.Millisecond) // Close has begun; it waits for the reader in any case
+		got, _ := io.ReadAll(client)
+		received <- got
+	}()
+	b.Close()
+	if got := <-received; !bytes.Equal(got, sent) {
+		t.Errorf("peer received %d bytes, want %d", len(got), len(sent))
+	}
+}
+
+func TestDialLimit(t *testing.T) {
+	a, b := startPair(t, func(cfg *Config) {
+		if cfg.Addrs[0].Addr() == addrA {
+			cfg.MaxConns = 3
+		}
+	})
 	l, err := b.ListenNet([]netip.Addr{addrB}, 0, 16)
 	if err != nil {
 		t.Fatal(err)
@@ -225,7 +249,37 @@ func TestLimits(t *testing.T) {
 	if got := a.Stats()[0].ConnsRefused; got != 1 {
 		t.Errorf("counted %d refused connections, want 1", got)
 	}
-	_ = b
+}
+
+// What arrives beyond MaxConns is reset, and leaves no trace.
+func TestAcceptLimit(t *testing.T) {
+	a, b := startPair(t, func(cfg *Config) {
+		if cfg.Addrs[0].Addr() == addrB {
+			cfg.MaxConns = 2
+		}
+	})
+	l, err := b.ListenNet([]netip.Addr{addrB}, 0, 16)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	remote := netip.AddrPortFrom(addrB, uint16(l.Addr().(*net.TCPAddr).Port))
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	reset := 0
+	for range 5 {
+		c, err := a.DialNet(ctx, netip.AddrPort{}, remote)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = c.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+		if _, err := c.Read(make([]byte, 1)); errors.Is(err, syscall.ECONNRESET) {
+			reset++
+		}
+	}
+	if c := b.Stats()[0]; reset != 3 || c.ConnsRefused != 3 || c.ConnsOpen != 2 {
+		t.Errorf("%d of 5 reset, %d counted, %d open; want 3, 3, 2", reset, c.ConnsRefused, c.ConnsOpen)
+	}
 }
 
 // A listener that nobody accepts from resets what its backlog has no room for.

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"runtime"
+	"sync"
 	"testing"
 	"time"
 
@@ -43,6 +44,9 @@ func testConfig(t testing.TB, side, fd int) Config {
 	}
 }
 
+// cables maps each end of a socket pair to the other.
+var cables sync.Map
+
 // socketPair is a cable: what goes in at one end comes out at the other,
 // frame by frame. Super-frames pass whole, as on a TAP.
 func socketPair(t testing.TB) (a, b int) {
@@ -56,6 +60,8 @@ func socketPair(t testing.TB) (a, b int) {
 			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 16<<20) // what an ordinary user gets
 		}
 	}
+	cables.Store(fds[0], fds[1])
+	cables.Store(fds[1], fds[0])
 	t.Cleanup(func() { _ = unix.Close(fds[0]); _ = unix.Close(fds[1]) })
 	return fds[0], fds[1]
 }

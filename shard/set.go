@@ -236,8 +236,8 @@ func (s *Shard) lose() {
 	s.deviceGone = true
 	for _, g := range s.groups {
 		for c := range g.conns.all {
-			c.closing, c.abort = true, true
-			c.finish(unix.ENETDOWN)
+			c.abort = true
+			c.end(unix.ENETDOWN)
 		}
 	}
 }
@@ -261,7 +261,7 @@ func (set *Set) Close() {
 		set.final = make([]Counters, len(set.shards))
 		for i, s := range set.shards {
 			s.do(func(s *Shard) {
-				s.stopping = true
+				s.depart()
 				set.final[i] = s.count()
 			})
 		}
@@ -276,7 +276,8 @@ func (set *Set) Close() {
 // drainPoll is how often Close looks whether all peers have answered.
 const drainPoll = 2 * time.Millisecond
 
-// farewell closes everything that the shard's groups hold.
+// farewell closes everything that the shard's groups hold. A connection whose
+// bytes wait outside of its endpoint goes on until they have been moved.
 func (s *Shard) farewell() {
 	for _, g := range s.groups {
 		for l := range g.listeners {
@@ -286,10 +287,33 @@ func (s *Shard) farewell() {
 			u.shut()
 		}
 		for c := range g.conns.all {
-			c.closing = true
-			c.finish(net.ErrClosed)
+			if h, ok := c.h.(leaver); ok {
+				h.leave(c)
+			} else {
+				c.end(net.ErrClosed)
+			}
 		}
 	}
+}
+
+// leaver is a Handler that closes a connection when it has nothing more to
+// write to it.
+type leaver interface{ leave(c *Conn) }
+
+// end ends all that is left of a connection, with err for its Close event.
+func (c *Conn) end(err error) {
+	c.closing = true
+	c.finish(err)
+}
+
+// depart ends what is left after the drain time, and the loop.
+func (s *Shard) depart() {
+	for _, g := range s.groups {
+		for c := range g.conns.all {
+			c.end(net.ErrClosed)
+		}
+	}
+	s.stopping = true
 }
 
 // lingering reports whether a connection that was closed still has something
@@ -298,6 +322,7 @@ func (set *Set) lingering() (found bool) {
 	for _, s := range set.shards {
 		s.do(func(s *Shard) {
 			for _, g := range s.groups {
+				found = found || g.conns.next != &g.conns.Conn
 				for _, ep := range g.stack.RegisteredEndpoints() {
 					if ep, ok := ep.(*tcp.Endpoint); ok && waitsForACK(tcp.EndpointState(ep.State())) {
 						found = true
