@@ -56,7 +56,8 @@ func (c *clock) next() int64 {
 // armed by one of them is due in a later turn at the earliest, so the number
 // is bounded by what was armed before.
 func (c *clock) fire() (fired int) {
-	for len(c.timers) > 0 && c.timers[0].when <= *c.now {
+	// now moves when it is asked for.
+	for now := *c.now; len(c.timers) > 0 && c.timers[0].when <= now; {
 		t := c.timers[0]
 		c.remove(0)
 		t.f()

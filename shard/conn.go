@@ -1,6 +1,7 @@
 package shard
 
 import (
+	"cmp"
 	"io"
 	"net"
 	"net/netip"
@@ -36,7 +37,8 @@ type Handler interface {
 	// Close is the last event of a connection. err is nil when the peer has
 	// closed its side and everything it sent was consumed, net.ErrClosed after
 	// Conn.Close or Conn.Abort, and else what ended the connection. What was
-	// written is still sent, unless the connection failed.
+	// written is still sent, unless the connection failed; what was received
+	// and not consumed is lost then.
 	Close(c *Conn, err error)
 }
 
@@ -47,8 +49,8 @@ type HalfCloser interface {
 	EOF(c *Conn)
 }
 
-// Conn is a TCP connection at home: its methods are called from its Handler's
-// events only, or from a function that Do runs, on the thread of its shard.
+// Conn is a TCP connection at home: its methods are called on the thread of its
+// shard, from its Handler's events or from a function that Do runs.
 type Conn struct {
 	g     *Group
 	ep    tcpip.Endpoint
@@ -73,6 +75,8 @@ type Conn struct {
 	closing   bool // Close or Abort was called
 	abort     bool
 	done      bool
+
+	failure error // what a Write was told; gVisor tells it once
 }
 
 // connList is the ring of a group's connections, with itself as the sentinel.
@@ -147,9 +151,10 @@ func (c *Conn) serve(s *Shard) {
 	}
 	err := c.receive(s)
 	if err == io.EOF { // errno returns it bare
-		if h, ok := c.h.(HalfCloser); ok {
+		if h, ok := c.h.(HalfCloser); ok && !c.eof {
 			c.eof = true
 			h.EOF(c)
+			c.enqueue() // our side may be closed already: then this was all
 		} else {
 			c.serving = false
 			c.finish(nil)
@@ -192,15 +197,13 @@ func (c *Conn) dialed() bool {
 // has sent everything, or what ended the connection.
 func (c *Conn) receive(s *Shard) error {
 	for !c.closing {
-		if c.paused || c.eof {
-			// Unread bytes wait for the handler, but a dead connection does
-			// not.
-			if st := tcp.EndpointState(c.ep.State()); st == tcp.StateError || st == tcp.StateClose {
-				if err := errno(c.ep.LastError()); err != nil {
-					return err
-				}
-				return syscall.ECONNRESET
-			}
+		state := tcp.EndpointState(c.ep.State())
+		switch {
+		case state == tcp.StateError && (c.paused || c.eof):
+			return c.cause() // unread bytes do not wait for the handler then
+		case state == tcp.StateClose && c.eof:
+			return io.EOF // both sides have said goodbye
+		case c.paused || c.eof:
 			return nil
 		}
 		// Peeked, so that the handler runs with the endpoint unlocked and the
@@ -210,6 +213,9 @@ func (c *Conn) receive(s *Shard) error {
 		if _, err := c.ep.Read(peek, tcpip.ReadOptions{Peek: true}); err != nil {
 			if _, ok := err.(*tcpip.ErrWouldBlock); ok {
 				return nil
+			}
+			if _, ok := err.(*tcpip.ErrClosedForReceive); ok && tcp.EndpointState(c.ep.State()) == tcp.StateError {
+				return c.cause()
 			}
 			return errno(err)
 		}
@@ -237,6 +243,11 @@ func (c *Conn) receive(s *Shard) error {
 		}
 	}
 	return nil
+}
+
+// cause returns what made the connection fail.
+func (c *Conn) cause() error {
+	return cmp.Or(c.failure, errno(c.ep.LastError()), error(syscall.ECONNRESET))
 }
 
 // nearRTT is the round trip time below which a connection keeps the buffer
@@ -268,12 +279,20 @@ func (c *Conn) finish(err error) {
 		c.h.Close(c, err)
 	}
 	if c.abort {
-		c.ep.SocketOptions().SetLinger(tcpip.LingerOption{Enabled: true})
+		c.ep.Abort()
+	} else {
+		// Nobody watches it any more, so a peer that takes nothing must not
+		// keep it for ever (RFC 5482).
+		c.ep.SetSockOpt(&orphanTimeout)
+		c.ep.Close()
 	}
-	c.ep.Close()
 	c.g.conns.remove(c)
 	c.g.shard.counters.ConnsOpen--
 }
+
+// orphanTimeout is how long a closed connection waits for its peer to
+// acknowledge anything, as long as TIME_WAIT lasts.
+var orphanTimeout = tcpip.TCPUserTimeoutOption(time.Minute)
 
 func (c *Conn) setAddrs() {
 	if a, err := c.ep.GetLocalAddress(); err == nil {
@@ -300,6 +319,7 @@ func (c *Conn) Write(b []byte) (int, error) {
 	p.b = nil
 	if err != nil {
 		if _, ok := err.(*tcpip.ErrWouldBlock); !ok {
+			c.failure = cmp.Or(c.failure, errno(err))
 			return int(n), errno(err)
 		}
 	}
@@ -319,8 +339,8 @@ func (c *Conn) CloseWrite() error {
 }
 
 // Close ends the connection: the Close event follows with net.ErrClosed, what
-// was written is still sent. Unread data is thrown away, and the peer gets a
-// reset if more of it comes.
+// was written is still sent. If received data is unread, or more of it comes,
+// the peer gets a reset, as from a kernel's socket, and may miss the rest.
 func (c *Conn) Close() {
 	if c.closing || c.done {
 		return
@@ -348,6 +368,11 @@ func (c *Conn) Resume() {
 		}
 	}
 }
+
+// Do runs f on the thread of the connection's shard and waits for it. It returns
+// false, and f does not run, when the stack has ended. It is for all goroutines
+// but a shard's.
+func (c *Conn) Do(f func()) bool { return c.g.shard.do(func(*Shard) { f() }) }
 
 // SetContext attaches a value of the application to the connection.
 func (c *Conn) SetContext(v any) { c.ctx = v }

@@ -1,6 +1,7 @@
 package shard
 
 import (
+	"errors"
 	"math/rand/v2"
 	"net/netip"
 	"syscall"
@@ -34,16 +35,21 @@ func (set *Set) Dial(local, remote netip.AddrPort, h Handler, context any) (*Con
 		}
 		local = netip.AddrPortFrom(addr, local.Port())
 	}
-	id := int(set.dials.Add(1)) % len(set.groups)
+	first, tries := int(set.dials.Add(1)), len(set.groups)
 	if local.Port() != 0 {
-		id = set.groupOf(local, remote)
+		first, tries = set.groupOf(local, remote), 1
 	}
-	var c *Conn
-	err := set.doGroup(id, func(g *Group) (err error) {
-		c, err = g.dial(local, remote, h, context)
-		return err
-	})
-	return c, err
+	for i := range tries {
+		var c *Conn
+		err := set.doGroup((first+i)%len(set.groups), func(g *Group) (err error) {
+			c, err = g.dial(local, remote, h, context)
+			return err
+		})
+		if i == tries-1 || !errors.Is(err, syscall.EADDRNOTAVAIL) {
+			return c, err
+		}
+	}
+	panic("unreachable: there is a last try")
 }
 
 // groupOf returns the flow group of the frames that remote sends to local.
@@ -76,6 +82,9 @@ func (set *Set) source(remote netip.Addr) (netip.Addr, bool) {
 
 func (g *Group) dial(local, remote netip.AddrPort, h Handler, context any) (*Conn, error) {
 	s := g.shard
+	if s.over() {
+		return nil, ErrClosed
+	}
 	if s.counters.ConnsOpen >= uint64(s.set.cfg.MaxConns) {
 		s.counters.ConnsRefused++
 		return nil, syscall.ENOBUFS

@@ -65,6 +65,8 @@ func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
 	g.conns.init()
 	g.stack = stack.New(stack.Options{
 		Clock: &g.clock,
+		// A connection to an address of our own never leaves the group.
+		HandleLocal: true,
 		NetworkProtocols: []stack.NetworkProtocolFactory{
 			ipv4.NewProtocol,
 			// The addresses are given, not negotiated: no duplicate address
@@ -200,6 +202,7 @@ func (g *Group) counters() GroupCounters {
 	return GroupCounters{
 		Group:          g.id,
 		Frames:         g.frames,
+		Connected:      stats.TCP.CurrentConnected.Value(),
 		ChecksumErrors: stats.TCP.ChecksumErrors.Value(),
 		Retransmits:    stats.TCP.Retransmits.Value(),
 		SegmentsLost:   stats.DroppedPackets.Value(),

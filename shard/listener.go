@@ -1,7 +1,9 @@
 package shard
 
 import (
+	"errors"
 	"net/netip"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -39,18 +41,36 @@ type listenerPart struct {
 // unspecified address means every address of its family; port 0 chooses one.
 // It may be called from any goroutine but a shard's.
 func (set *Set) Listen(addrs []netip.Addr, port uint16, backlog int, h Handler) (*Listener, error) {
-	l := &Listener{set: set, addr: reportedAddr(addrs, port), addrs: addrs, parts: make([][]*listenerPart, len(set.groups))}
-	// One at a time: what is checked here is true until it is used.
+	// One at a time: what is found free stays free until it is used.
 	set.listenMu.Lock()
 	defer set.listenMu.Unlock()
-	for other := range set.listeners {
-		if port != 0 && other.addr.Port() == port && overlap(other.addrs, addrs) {
-			return nil, opError("listen", "tcp", netip.AddrPort{}, l.addr, syscall.EADDRINUSE)
+	var err error
+	for range listenTries {
+		l := &Listener{set: set, addr: reportedAddr(addrs, port), addrs: addrs, parts: make([][]*listenerPart, len(set.groups))}
+		if err = l.open(backlog, h); err == nil {
+			set.listeners[l] = struct{}{}
+			return l, nil
+		}
+		l.closeParts()
+		if port != 0 || !errors.Is(err, syscall.EADDRINUSE) {
+			break
 		}
 	}
-	for id := range set.groups {
-		err := set.doGroup(id, func(g *Group) error {
-			for _, a := range addrs {
+	return nil, opError("listen", "tcp", netip.AddrPort{}, reportedAddr(addrs, port), err)
+}
+
+// listenTries is how often port 0 is chosen anew: one group chooses it, and
+// another may have given it away.
+const listenTries = 16
+
+// open listens in every group. The caller holds listenMu.
+func (l *Listener) open(backlog int, h Handler) error {
+	for id := range l.set.groups {
+		for _, a := range l.addrs {
+			if l.addr.Port() != 0 && l.taken() {
+				return syscall.EADDRINUSE
+			}
+			err := l.set.doGroup(id, func(g *Group) error {
 				p, err := g.listen(netip.AddrPortFrom(a, l.addr.Port()), backlog, h)
 				if err != nil {
 					return err
@@ -59,21 +79,30 @@ func (set *Set) Listen(addrs []netip.Addr, port uint16, backlog int, h Handler) 
 				// The first group chooses port 0; the others follow.
 				local, _ := p.ep.GetLocalAddress() // a bound endpoint has one
 				l.addr = netip.AddrPortFrom(l.addr.Addr(), local.Port)
+				return nil
+			})
+			if err != nil {
+				return err
 			}
-			return nil
-		})
-		if err != nil {
-			l.closeParts()
-			return nil, opError("listen", "tcp", netip.AddrPort{}, l.addr, err)
 		}
 	}
-	set.listeners[l] = struct{}{}
-	return l, nil
+	return nil
+}
+
+// taken reports whether another listener has the port. gVisor does not look:
+// with the option that lets a listener come back while its connections last,
+// it takes any two.
+func (l *Listener) taken() bool {
+	for other := range l.set.listeners {
+		if other.addr.Port() == l.addr.Port() && overlap(other.addrs, l.addrs) {
+			return true
+		}
+	}
+	return false
 }
 
 // overlap reports whether one address is on both lists, or a wildcard on one
-// covers an address on the other. gVisor does not look: with the option that
-// lets a listener come back while its connections last, it takes any two.
+// covers an address on the other.
 func overlap(a, b []netip.Addr) bool {
 	for _, x := range a {
 		for _, y := range b {
@@ -89,6 +118,9 @@ func overlap(a, b []netip.Addr) bool {
 func reportedAddr(addrs []netip.Addr, port uint16) netip.AddrPort {
 	if len(addrs) == 1 {
 		return netip.AddrPortFrom(addrs[0], port)
+	}
+	if !slices.ContainsFunc(addrs, netip.Addr.Is6) {
+		return netip.AddrPortFrom(netip.IPv4Unspecified(), port)
 	}
 	return netip.AddrPortFrom(netip.IPv6Unspecified(), port)
 }
@@ -119,6 +151,9 @@ func (l *Listener) closeParts() {
 }
 
 func (g *Group) listen(addr netip.AddrPort, backlog int, h Handler) (*listenerPart, error) {
+	if g.shard.over() {
+		return nil, ErrClosed
+	}
 	p := &listenerPart{g: g, h: h}
 	ep, terr := g.stack.NewEndpoint(tcp.ProtocolNumber, networkProtocol(addr.Addr()), &p.wq)
 	if terr != nil {
@@ -166,8 +201,7 @@ func (p *listenerPart) serve(s *Shard) {
 		}
 		if s.counters.ConnsOpen >= uint64(s.set.cfg.MaxConns) {
 			s.counters.ConnsRefused++
-			ep.SocketOptions().SetLinger(tcpip.LingerOption{Enabled: true})
-			ep.Close()
+			ep.Abort()
 			continue
 		}
 		s.counters.ConnsAccepted++

@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
 )
 
 // netRing is the size in bytes of each of a NetConn's two buffers.
@@ -78,6 +80,7 @@ func (h *netHandler) Open(c *Conn) {
 	n.c = c
 	n.local, n.remote = c.LocalAddr(), c.RemoteAddr()
 	n.sh.Store(c.g.shard)
+	c.keepAlive()
 	if n.established != nil {
 		n.established <- nil
 	} else if !h.accept(n) {
@@ -124,6 +127,9 @@ func (h *netHandler) Close(c *Conn, err error) {
 			n.readErr = io.EOF
 		}
 		close(n.readEnd)
+	}
+	if n.out.len() > 0 {
+		c.abort = true // a FIN would tell the peer that this was all
 	}
 	n.writeErr = err
 	if err == nil {
@@ -177,7 +183,7 @@ func (n *NetConn) run(*Shard) {
 	if c.done || c.closing {
 		return
 	}
-	if !n.starved.Load() {
+	if !n.starved.Load() || n.closed.Load() { // closed: there is nobody to wait for
 		c.Resume()
 	}
 }
@@ -398,6 +404,23 @@ func (set *Set) DialNet(ctx context.Context, local, remote netip.AddrPort) (*Net
 		}
 		return nil, opError("dial", "tcp", local, remote, err)
 	}
+}
+
+// Keep-alive as package net sets it for every connection (net.KeepAliveConfig).
+var (
+	keepAliveIdle     = tcpip.KeepaliveIdleOption(15 * time.Second)
+	keepAliveInterval = tcpip.KeepaliveIntervalOption(15 * time.Second)
+)
+
+const keepAliveCount = 9
+
+// keepAlive makes a peer that has vanished known.
+func (c *Conn) keepAlive() {
+	// Neither option can fail on a TCP endpoint.
+	_ = c.ep.SetSockOpt(&keepAliveIdle)
+	_ = c.ep.SetSockOpt(&keepAliveInterval)
+	_ = c.ep.SetSockOptInt(tcpip.KeepaliveCountOption, keepAliveCount)
+	c.ep.SocketOptions().SetKeepAlive(true)
 }
 
 // NetListener is a net.Listener over all flow groups.

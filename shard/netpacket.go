@@ -1,6 +1,7 @@
 package shard
 
 import (
+	"cmp"
 	"errors"
 	"net"
 	"net/netip"
@@ -68,19 +69,25 @@ type packetOut struct {
 }
 
 // run implements task: the shard sends what waits.
-func (o *packetOut) run(*Shard) {
+func (o *packetOut) run(s *Shard) {
 	o.posted.Store(false)
-	for {
+	for range packetBacklog {
 		select {
 		case d := <-o.queue:
 			if !d.from.closed {
-				// Lost if the peer cannot be reached, as UDP may.
-				_, _ = d.from.WriteTo(d.b, d.peer)
+				if _, err := d.from.WriteTo(d.b, d.peer); err != nil {
+					s.counters.DatagramsDropped++ // as UDP may
+				}
 			}
 			d.release()
 		default:
 			return
 		}
+	}
+	// Goroutines fill the queue faster than it empties: the rest waits for the
+	// next turn.
+	if o.posted.CompareAndSwap(false, true) {
+		s.post(o)
 	}
 }
 
@@ -123,15 +130,11 @@ func (p *NetPacketConn) ReadFrom(b []byte) (int, net.Addr, error) {
 
 // ReadFromAddrPort is ReadFrom without an allocation for the address.
 func (p *NetPacketConn) ReadFromAddrPort(b []byte) (int, netip.AddrPort, error) {
-	if p.readDeadline.passed() {
-		return 0, netip.AddrPort{}, p.opError("read", p.deadlineErr())
+	if err := p.over(); err != nil {
+		return 0, netip.AddrPort{}, p.opError("read", err)
 	}
-	select {
-	case d := <-p.in:
-		n, from := copy(b, d.b), d.peer
-		d.release()
-		return n, from, nil
-	default:
+	if p.readDeadline.passed() {
+		return 0, netip.AddrPort{}, p.opError("read", os.ErrDeadlineExceeded)
 	}
 	select {
 	case d := <-p.in:
@@ -141,9 +144,9 @@ func (p *NetPacketConn) ReadFromAddrPort(b []byte) (int, netip.AddrPort, error) 
 	case <-p.closed:
 		return 0, netip.AddrPort{}, p.opError("read", net.ErrClosed)
 	case <-p.set.done:
-		return 0, netip.AddrPort{}, p.opError("read", p.doneErr())
+		return 0, netip.AddrPort{}, p.opError("read", p.over())
 	case <-p.readDeadline.wait():
-		return 0, netip.AddrPort{}, p.opError("read", p.deadlineErr())
+		return 0, netip.AddrPort{}, p.opError("read", os.ErrDeadlineExceeded)
 	}
 }
 
@@ -151,8 +154,8 @@ func (p *NetPacketConn) ReadFromAddrPort(b []byte) (int, netip.AddrPort, error) 
 // that sends the datagram is full.
 func (p *NetPacketConn) WriteTo(b []byte, to net.Addr) (int, error) {
 	addr, ok := to.(*net.UDPAddr)
-	if !ok {
-		return 0, p.opError("write", &net.AddrError{Err: "not a UDP address", Addr: to.String()})
+	if !ok || addr == nil {
+		return 0, p.opError("write", syscall.EINVAL)
 	}
 	return p.WriteToAddrPort(b, addr.AddrPort())
 }
@@ -161,8 +164,15 @@ func (p *NetPacketConn) WriteTo(b []byte, to net.Addr) (int, error) {
 func (p *NetPacketConn) WriteToAddrPort(b []byte, to netip.AddrPort) (int, error) {
 	const maxPayload = 65535 - 8 - 20 // UDP and IPv4 header
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
-	if len(b) > maxPayload {
+	switch {
+	case p.over() != nil:
+		return 0, p.opError("write", p.over())
+	case p.writeDeadline.passed():
+		return 0, p.opError("write", os.ErrDeadlineExceeded)
+	case len(b) > maxPayload:
 		return 0, p.opError("write", syscall.EMSGSIZE)
+	case !to.IsValid() || to.Addr().IsUnspecified():
+		return 0, p.opError("write", syscall.EINVAL)
 	}
 	local, ok := p.source(to.Addr())
 	if !ok {
@@ -170,20 +180,20 @@ func (p *NetPacketConn) WriteToAddrPort(b []byte, to netip.AddrPort) (int, error
 	}
 	// The group that the peer's answer hashes into sends.
 	group := p.set.groupOf(netip.AddrPortFrom(local, p.l.addr.Port()), to)
-	d := newDatagram(b, to)
+	var from *Socket
 	for _, s := range p.l.sockets[group] {
 		if s.local.Addr() == local {
-			d.from = s
+			from = s
 		}
 	}
+	if from == nil {
+		return 0, p.opError("write", syscall.ENETUNREACH) // the port is not open at the address the peer is reached from
+	}
+	d := newDatagram(b, to)
+	d.from = from
 	shard := p.set.reta.Owner(group)
 	out := &p.outs[shard]
-	if p.writeDeadline.passed() {
-		return 0, p.opError("write", p.deadlineErr())
-	}
 	select {
-	case <-p.closed:
-		return 0, p.opError("write", net.ErrClosed)
 	case out.queue <- d:
 	default:
 		select {
@@ -191,12 +201,13 @@ func (p *NetPacketConn) WriteToAddrPort(b []byte, to netip.AddrPort) (int, error
 		case <-p.closed:
 			return 0, p.opError("write", net.ErrClosed)
 		case <-p.set.done:
-			return 0, p.opError("write", p.doneErr())
+			return 0, p.opError("write", p.over())
 		case <-p.writeDeadline.wait():
-			return 0, p.opError("write", p.deadlineErr())
+			return 0, p.opError("write", os.ErrDeadlineExceeded)
 		}
 	}
 	if out.posted.CompareAndSwap(false, true) && !p.set.shards[shard].post(out) {
+		out.posted.Store(false)
 		return 0, p.opError("write", net.ErrClosed)
 	}
 	return len(b), nil
@@ -211,20 +222,16 @@ func (p *NetPacketConn) source(to netip.Addr) (netip.Addr, bool) {
 	return p.set.source(to)
 }
 
-func (p *NetPacketConn) deadlineErr() error {
+// over returns why the port can no longer be used, or nil.
+func (p *NetPacketConn) over() error {
 	select {
 	case <-p.closed:
 		return net.ErrClosed
+	case <-p.set.done:
+		return cmp.Or(p.set.Err(), error(net.ErrClosed))
 	default:
-		return os.ErrDeadlineExceeded
+		return nil
 	}
-}
-
-func (p *NetPacketConn) doneErr() error {
-	if err := p.set.Err(); err != nil {
-		return err
-	}
-	return net.ErrClosed
 }
 
 // Close implements net.PacketConn. Datagrams that wait to be sent may be lost.

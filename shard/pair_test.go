@@ -86,12 +86,13 @@ func startPair(t testing.TB, tune func(*Config)) (a, b *Set) {
 }
 
 // steppedPair returns two shards without threads: the test's goroutine runs
-// their turns, one after the other.
+// their turns, one after the other, each 10 microseconds long.
 func steppedPair(t testing.TB) (a, b *Shard) {
 	t.Helper()
 	runtime.LockOSThread()
 	t.Cleanup(runtime.UnlockOSThread)
 	fdA, fdB := socketPair(t)
+	now := int64(0)
 	step := func(side, fd int) *Shard {
 		cfg := testConfig(t, side, fd)
 		set, err := newSet(cfg)
@@ -99,6 +100,7 @@ func steppedPair(t testing.TB) (a, b *Shard) {
 			t.Fatal(err)
 		}
 		s := set.shards[0]
+		s.readClock = func() int64 { now += int64(10 * time.Microsecond); return now }
 		if err := s.setup(); err != nil {
 			t.Fatal(err)
 		}

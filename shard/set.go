@@ -149,9 +149,11 @@ func (set *Set) newShard(id int, queue *dispatch.Queue) (*Shard, error) {
 	s := &Shard{
 		id: id, cpu: cpu, node: node,
 		set: set, queue: queue, eventFD: fd,
-		log:   set.cfg.Logger.With("shard", id),
 		spin:  int64(set.cfg.Spin),
 		inbox: make([]*dispatch.Ring[handover], n),
+		readClock: func() int64 {
+			return int64(time.Since(set.start)) //nolint:forbidigo // this is where the turn's time stamp comes from
+		},
 	}
 	for from := range s.inbox {
 		if from == id {
@@ -279,6 +281,7 @@ const drainPoll = 2 * time.Millisecond
 // farewell closes everything that the shard's groups hold. A connection whose
 // bytes wait outside of its endpoint goes on until they have been moved.
 func (s *Shard) farewell() {
+	s.leaving = true
 	for _, g := range s.groups {
 		for l := range g.listeners {
 			l.close()
@@ -308,13 +311,16 @@ func (c *Conn) end(err error) {
 
 // depart ends what is left after the drain time, and the loop.
 func (s *Shard) depart() {
+	s.stopping = true
 	for _, g := range s.groups {
 		for c := range g.conns.all {
 			c.end(net.ErrClosed)
 		}
 	}
-	s.stopping = true
 }
+
+// over reports whether nothing new may begin on the shard.
+func (s *Shard) over() bool { return s.leaving || s.deviceGone }
 
 // lingering reports whether a connection that was closed still has something
 // to send, or waits for the peer to acknowledge it.

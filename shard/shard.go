@@ -2,10 +2,8 @@ package shard
 
 import (
 	"fmt"
-	"log/slog"
 	"runtime"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/buffer"
@@ -20,7 +18,6 @@ type Shard struct {
 	// Immutable after start.
 	id, cpu, node int
 	set           *Set
-	log           *slog.Logger
 	queue         *dispatch.Queue
 	inbox         []*dispatch.Ring[handover] // by sending shard; nil for itself
 	eventFD       int
@@ -33,10 +30,10 @@ type Shard struct {
 	_      [64]byte
 
 	// Owned by the shard's thread.
-	clockBase  time.Time
-	now        int64 // nanoseconds since clockBase, read once per turn
-	lastWork   int64 // now of the last turn that did work
-	earliest   int64 // no timer of its groups is due before
+	readClock  func() int64 // nanoseconds since the stack started; called once per turn
+	now        int64        // what it returned
+	lastWork   int64        // now of the last turn that did work
+	earliest   int64        // no timer of its groups is due before
 	groups     []*Group
 	active     []*Group // groups whose TCP has work in this turn
 	ready      []readyTask
@@ -45,6 +42,7 @@ type Shard struct {
 	rx         rxBuffers
 	wakeList   []*Shard // shards that got a frame in this burst
 	scratch    *scratch
+	leaving    bool // Close was called: nothing new begins
 	stopping   bool // leave the loop
 	deviceGone bool // leave the queue alone
 	counters   Counters
@@ -69,6 +67,7 @@ type readyTask interface{ serve(s *Shard) }
 const (
 	dropOtherHost = int(dispatch.NumClasses) + iota
 	dropVnet
+	dropTCPFragment
 	dropEnd
 )
 
@@ -78,6 +77,8 @@ func dropCause(i int) string {
 		return "other_host"
 	case dropVnet:
 		return "bad_vnet_header"
+	case dropTCPFragment:
+		return "tcp_fragment"
 	default:
 		return dispatch.Class(i).String()
 	}
@@ -113,7 +114,6 @@ func (s *Shard) setup() error {
 	}
 	_ = numaalloc.NameThread(fmt.Sprintf("numastack/%d", s.id)) // cosmetic
 	// Made here, so that the memory is first touched on the shard's node.
-	s.clockBase = s.set.start
 	s.now = s.readClock()
 	s.earliest = never
 	s.rx = newRxBuffers(s.set.cfg.RxBuffers)
@@ -123,7 +123,7 @@ func (s *Shard) setup() error {
 		if s.set.reta.Owner(id) != s.id {
 			continue
 		}
-		g, err := newGroup(id, s, s.clockBase)
+		g, err := newGroup(id, s, s.set.start)
 		if err != nil {
 			return err
 		}
@@ -134,6 +134,7 @@ func (s *Shard) setup() error {
 }
 
 func (s *Shard) teardown() {
+	s.leaving = true
 	s.mail.close(s)
 	for _, g := range s.groups {
 		g.stack.Destroy()
@@ -150,12 +151,6 @@ func (s *Shard) teardown() {
 			h.view.Release()
 		}
 	}
-}
-
-// readClock returns the nanoseconds since the stack started. The loop calls it
-// once per turn; everything else looks at now.
-func (s *Shard) readClock() int64 {
-	return int64(time.Since(s.clockBase)) //nolint:forbidigo // this is where the turn's time stamp comes from
 }
 
 // count copies the counters. Called on the shard's thread.

@@ -44,7 +44,8 @@ type Counters struct {
 // GroupCounters is what one flow group's netstack has counted.
 type GroupCounters struct {
 	Group          int    `json:"group"`
-	Frames         uint64 `json:"frames"` // delivered to the group
+	Frames         uint64 `json:"frames"`    // delivered to the group
+	Connected      uint64 `json:"connected"` // TCP endpoints now, with those that were closed and wait for their peer
 	ChecksumErrors uint64 `json:"checksum_errors"`
 	Retransmits    uint64 `json:"retransmits"`
 	SegmentsLost   uint64 `json:"segments_dropped"` // dropped by gVisor, a full receive buffer for one

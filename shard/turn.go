@@ -16,6 +16,8 @@ import (
 // application has read them.
 const rxBudget = 16
 
+const protoTCP = 6 // IANA protocol number
+
 // loop is the life of a shard: turns, and a wait when they find no work.
 func (s *Shard) loop() {
 	for !s.stopping {
@@ -109,6 +111,12 @@ func (s *Shard) steer(buf *rxBuffer, n int) {
 	case dispatch.ClassFlow:
 		if frame[0]&1 == 0 && [6]byte(frame) != s.set.mac {
 			s.dropped[dropOtherHost]++
+			return
+		}
+		if parsed.Fragment && parsed.Proto == protoTCP {
+			// Fragments go by address, so the segment would come together in a
+			// group that has no such connection, and earn it a reset.
+			s.dropped[dropTCPFragment]++
 			return
 		}
 		group := s.set.reta.GroupOf(parsed.Hash)

@@ -22,8 +22,9 @@ func TestSeveralSegmentsInFlight(t *testing.T) {
 	listenStepped(t, b, 7, &testHandler{data: func(_ *Conn, p []byte) int { received += len(p); return len(p) }})
 	client := dialStepped(t, a, netip.AddrPortFrom(addrB, 7), &testHandler{})
 	settle(t, a, b)
-	message := make([]byte, 100_000)
-	for round := range 20 {
+	message := make([]byte, 700_000)
+	const rounds = 10
+	for round := range rounds {
 		if n, err := client.Write(message); n != len(message) || err != nil {
 			t.Fatalf("Write = %d, %v", n, err)
 		}
@@ -32,7 +33,7 @@ func TestSeveralSegmentsInFlight(t *testing.T) {
 			t.Fatalf("received %d bytes, want %d", received, want)
 		}
 	}
-	if frames := a.counters.TxFrames; frames < 20*100_000/1500 {
+	if frames := a.counters.TxFrames; frames < rounds*700_000/1500 {
 		t.Fatalf("%d frames sent: super-frames, so the test shows nothing", frames)
 	}
 	if n := a.count().Groups[client.g.id].Retransmits; n != 0 {

@@ -23,6 +23,10 @@ const (
 	// an iovec.
 	txCopyLimit = 2048
 
+	// maxIovec is how many pieces the kernel takes per write (UIO_MAXIOV,
+	// linux/uio.h).
+	maxIovec = 1024
+
 	// ackSlots is the number of flows whose pure ACK is remembered during a
 	// burst; a flow that shares its slot with another merely keeps its ACK.
 	ackSlots = 256
@@ -146,7 +150,11 @@ func (t *txQueue) write(pkt *stack.PacketBuffer) {
 				t.iov = append(t.iov, unix.Iovec{Base: &b[0], Len: uint64(len(b))})
 			}
 		}
-		_, errno = t.queue.Writev(t.iov)
+		if len(t.iov) <= maxIovec {
+			_, errno = t.queue.Writev(t.iov)
+		} else {
+			errno = t.queue.Write(t.gather(pkt, size))
+		}
 		clear(t.iov)
 	}
 	if errno != 0 {
@@ -155,6 +163,17 @@ func (t *txQueue) write(pkt *stack.PacketBuffer) {
 	}
 	t.stats.TxFrames++
 	t.stats.TxBytes += uint64(size - dispatch.VnetHeaderLen)
+}
+
+// gather returns a frame in one piece. gVisor merges many small writes into one
+// segment by linking them, beyond what the kernel takes as pieces.
+func (t *txQueue) gather(pkt *stack.PacketBuffer, size int) []byte {
+	b := make([]byte, 0, size)
+	views, offset := pkt.AsViewList()
+	for v := views.Front(); v != nil; v = v.Next() {
+		b = append(b, viewBytes(v, &offset)...)
+	}
+	return b
 }
 
 // viewBytes returns v's bytes after the first *skip bytes of the packet, which

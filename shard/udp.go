@@ -26,8 +26,8 @@ type UDPListener struct {
 }
 
 // Socket is the part of a UDPListener that belongs to one flow group and one
-// local address. Its methods are called from its DatagramHandler or from a
-// function that Do runs, on the shard's thread.
+// local address. Its methods are called on the shard's thread, from its
+// DatagramHandler or from a function that Do runs.
 type Socket struct {
 	g      *Group
 	ep     tcpip.Endpoint
@@ -83,6 +83,9 @@ func (l *UDPListener) Close() {
 }
 
 func (g *Group) listenUDP(addr netip.AddrPort, h DatagramHandler) (*Socket, error) {
+	if g.shard.over() {
+		return nil, ErrClosed
+	}
 	s := &Socket{g: g, h: h}
 	ep, err := g.stack.NewEndpoint(udp.ProtocolNumber, networkProtocol(addr.Addr()), &s.wq)
 	if err != nil {
@@ -146,12 +149,20 @@ func (s *Socket) WriteTo(b []byte, to netip.AddrPort) (int, error) {
 	sc.payload.b = b
 	sc.to = fullAddress(to)
 	_, err := s.ep.Write(&sc.payload, tcpip.WriteOptions{To: &sc.to})
+	if _, full := err.(*tcpip.ErrWouldBlock); full {
+		s.g.shard.tx.flush() // the socket's send buffer waits in our own queue
+		sc.payload.b = b
+		_, err = s.ep.Write(&sc.payload, tcpip.WriteOptions{To: &sc.to})
+	}
 	sc.payload.b = nil
 	if err != nil {
 		return 0, errno(err)
 	}
 	return len(b), nil
 }
+
+// Do runs f on the thread of the socket's shard, like Conn.Do.
+func (s *Socket) Do(f func()) bool { return s.g.shard.do(func(*Shard) { f() }) }
 
 // LocalAddr returns the address that the socket is bound to.
 func (s *Socket) LocalAddr() netip.AddrPort { return s.local }
