@@ -4,61 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
 	"os"
 	"slices"
-	"strings"
 	"sync"
 
 	"github.com/songgao/water"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
-
-// Limits of DeviceConfig.
-const (
-	maxDeviceName = unix.IFNAMSIZ - 1 // bytes
-	minMTU        = 576               // bytes; what every IPv4 host takes (RFC 791, section 3.1)
-	minMTUIPv6    = 1280              // bytes; below it the kernel takes IPv6 off the link (RFC 8200, section 5)
-	maxMTU        = 65535 - ethernetLen
-	maxTapQueues  = 128
-	maxTxQueueLen = 1 << 16
-	maxID         = 1<<32 - 2 // of users and groups; the next one means none
-
-	// defaultTxQueueLen holds the burst that arrives while a shard is away for a
-	// millisecond: 4 million 64-byte frames per second. The kernel's own 1000
-	// was seen to overflow.
-	defaultTxQueueLen = 4096
-)
-
-// DeviceConfig describes the TAP device to open. A zero field means its
-// documented default; only Name is required.
-type DeviceConfig struct {
-	// Name of the network interface: 1 to 15 bytes.
-	Name string
-	// Persist keeps a device that OpenDevice creates when it is closed. A
-	// device that was there before stays in any case.
-	Persist bool
-	// UID and GID may open a device that OpenDevice creates, besides
-	// CAP_NET_ADMIN; with both set, both have to match. Default: nobody is
-	// asked who they are, as long as they may open /dev/net/tun.
-	UID, GID *int
-	// HostAddrs are the addresses of the host's side, each with the length of
-	// its subnet; missing ones are added. Default: leave as is.
-	HostAddrs []netip.Prefix
-	// MTU in bytes: 576 to 65521, with IPv6 addresses from 1280. Default:
-	// leave as is, which is 1500 on a new device.
-	MTU int
-	// TxQueueLen is how many frames (of up to 64 KiB) the kernel keeps per
-	// queue for us before it drops: 1 to 65536. Default: at least 4096; an
-	// existing device keeps a shorter one if we may not raise it.
-	TxQueueLen int
-	// Queues to attach: 1 to 128. Default 1.
-	Queues int
-	// Offload lets the kernel leave checksums and segmentation to us, so that
-	// frames arrive up to MaxFrameLen long. See Offloads for what it granted.
-	Offload bool
-}
 
 // Device is a TAP device with all its queues open. Its methods may be called
 // from any goroutine; its queues belong to their shards' threads.
@@ -191,50 +144,6 @@ func (d *Device) setSteering(progFD int) error {
 	}
 	return os.NewSyscallError("TUNSETSTEERINGEBPF",
 		unix.IoctlSetPointerInt(d.queues[0].fd, unix.TUNSETSTEERINGEBPF, progFD))
-}
-
-// validate fills in the defaults that do not depend on the device.
-func (cfg *DeviceConfig) validate() error {
-	switch {
-	case cfg.Name == "" || len(cfg.Name) > maxDeviceName:
-		return fmt.Errorf("bad Name: %d bytes; want 1..%d", len(cfg.Name), maxDeviceName)
-	case strings.ContainsAny(cfg.Name, "/:% \t\n\v\f\r") || slices.Contains([]string{".", "..", "all", "default"}, cfg.Name):
-		// Beyond the kernel's rules (dev_valid_name): % makes it choose a name,
-		// all and default are not devices to sysctl.
-		return errors.New(`bad Name: want an interface name without blanks, '/', ':' and '%', other than "all" and "default"`)
-	}
-	for _, id := range []struct {
-		field string
-		value *int
-	}{{"UID", cfg.UID}, {"GID", cfg.GID}} {
-		if id.value != nil && (*id.value < 0 || int64(*id.value) > maxID) {
-			return fmt.Errorf("bad %s %d; want 0..%d, or nil for none", id.field, *id.value, int64(maxID))
-		}
-	}
-
-	lowestMTU := minMTU
-	for _, prefix := range cfg.HostAddrs {
-		addr := prefix.Addr()
-		if !prefix.IsValid() || addr.Is4In6() || addr.IsUnspecified() || addr.IsMulticast() || addr.Zone() != "" {
-			return fmt.Errorf("bad HostAddrs entry %v; want a unicast address and its prefix length, such as 192.0.2.1/24 or 2001:db8::1/64", prefix)
-		}
-		if addr.Is6() {
-			lowestMTU = minMTUIPv6
-		}
-	}
-	if cfg.MTU != 0 && (cfg.MTU < lowestMTU || cfg.MTU > maxMTU) {
-		return fmt.Errorf("bad MTU %d bytes; want %d..%d, or 0 to leave it", cfg.MTU, lowestMTU, maxMTU)
-	}
-	if cfg.TxQueueLen < 0 || cfg.TxQueueLen > maxTxQueueLen {
-		return fmt.Errorf("bad TxQueueLen %d frames; want 1..%d, or 0 for at least %d", cfg.TxQueueLen, maxTxQueueLen, defaultTxQueueLen)
-	}
-	if cfg.Queues == 0 {
-		cfg.Queues = 1
-	}
-	if cfg.Queues < 1 || cfg.Queues > maxTapQueues {
-		return fmt.Errorf("bad Queues %d; want 1..%d, or 0 for 1", cfg.Queues, maxTapQueues)
-	}
-	return nil
 }
 
 // openDevice is OpenDevice without the prefix of its errors.
@@ -415,163 +324,5 @@ func (d *Device) deleteUnused() {
 	tap, err := d.link()
 	if err == nil && tap.Queues == 0 {
 		_ = d.netlink.LinkDel(tap) // nothing is left to try
-	}
-}
-
-// link reads the device's present state.
-func (d *Device) link() (*netlink.Tuntap, error) {
-	link, err := d.netlink.LinkByName(d.name)
-	if err != nil {
-		return nil, fmt.Errorf("look up link: %w", err)
-	}
-	tap, isTun := link.(*netlink.Tuntap)
-	if !isTun {
-		return nil, fmt.Errorf("the interface has become one of type %s; want a TAP device", link.Type())
-	}
-	return tap, nil
-}
-
-// change is one difference between the link as it is and as it should be.
-type change struct {
-	command  string // what an administrator would type
-	optional bool   // no error if we are not permitted
-	do, undo func() error
-}
-
-// configure brings the link to the state cfg wants, or leaves it as it was.
-func (d *Device) configure(cfg *DeviceConfig) (err error) {
-	tap, err := d.link()
-	if err != nil {
-		return err
-	}
-	changes, err := d.differences(cfg, tap)
-	if err != nil {
-		return err
-	}
-
-	if d.created {
-		// Otherwise the link-local address is unusable for the second that
-		// duplicate address detection takes (RFC 4862, section 5.4). On a read-only
-		// /proc/sys it stays so; the addresses in cfg do not depend on it.
-		_ = os.WriteFile("/proc/sys/net/ipv6/conf/"+d.name+"/accept_dad", []byte("0"), 0)
-	}
-	for i, c := range changes {
-		if err := c.do(); err != nil {
-			if c.optional && errors.Is(err, unix.EPERM) {
-				continue
-			}
-			for _, done := range slices.Backward(changes[:i]) {
-				_ = done.undo() // the error that matters is the first one
-			}
-			return c.explain(err)
-		}
-	}
-
-	if tap, err = d.link(); err != nil {
-		return err
-	}
-	d.mtu = tap.MTU
-	d.hostMAC = tap.HardwareAddr
-	if d.created && cfg.Persist {
-		// Last, so that every error before lets the device go.
-		return os.NewSyscallError("TUNSETPERSIST", unix.IoctlSetInt(d.queues[0].fd, unix.TUNSETPERSIST, 1))
-	}
-	return nil
-}
-
-// differences lists what has to change, in the order to do it: addresses last,
-// since an IPv6 address wants its link up with its final MTU.
-func (d *Device) differences(cfg *DeviceConfig, tap *netlink.Tuntap) ([]change, error) {
-	var changes []change
-
-	if cfg.MTU != 0 && tap.MTU != cfg.MTU {
-		changes = append(changes, change{
-			command: fmt.Sprintf("ip link set dev %s mtu %d", d.name, cfg.MTU),
-			do:      func() error { return d.netlink.LinkSetMTU(tap, cfg.MTU) },
-			undo:    func() error { return d.netlink.LinkSetMTU(tap, tap.MTU) },
-		})
-	}
-
-	queueLen, byDefault := cfg.TxQueueLen, cfg.TxQueueLen == 0
-	if byDefault {
-		queueLen = max(tap.TxQLen, defaultTxQueueLen)
-	}
-	if tap.TxQLen != queueLen {
-		changes = append(changes, change{
-			command:  fmt.Sprintf("ip link set dev %s txqueuelen %d", d.name, queueLen),
-			optional: byDefault,
-			do:       func() error { return d.netlink.LinkSetTxQLen(tap, queueLen) },
-			undo:     func() error { return d.netlink.LinkSetTxQLen(tap, tap.TxQLen) },
-		})
-	}
-
-	if tap.Attrs().Flags&net.FlagUp == 0 {
-		changes = append(changes, change{
-			command: fmt.Sprintf("ip link set dev %s up", d.name),
-			do:      func() error { return d.netlink.LinkSetUp(tap) },
-			undo:    func() error { return d.netlink.LinkSetDown(tap) },
-		})
-	}
-
-	present, err := d.hostAddrs(tap)
-	if err != nil {
-		return nil, err
-	}
-	for _, prefix := range cfg.HostAddrs {
-		if slices.Contains(present, prefix) {
-			continue
-		}
-		present = append(present, prefix) // named twice, added once
-		command := fmt.Sprintf("ip addr add %v dev %s", prefix, d.name)
-		addr := &netlink.Addr{IPNet: &net.IPNet{
-			IP:   prefix.Addr().AsSlice(),
-			Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen()),
-		}}
-		if prefix.Addr().Is6() {
-			// Usable at once: nobody else is on this link to have it.
-			addr.Flags = unix.IFA_F_NODAD
-			command += " nodad"
-		}
-		changes = append(changes, change{
-			command: command,
-			do:      func() error { return d.netlink.AddrAdd(tap, addr) },
-			undo:    func() error { return d.netlink.AddrDel(tap, addr) },
-		})
-	}
-	return changes, nil
-}
-
-// hostAddrs returns the addresses the link has.
-func (d *Device) hostAddrs(tap *netlink.Tuntap) ([]netip.Prefix, error) {
-	addrs, err := d.netlink.AddrList(tap, netlink.FAMILY_ALL)
-	// Interrupted: somebody changed addresses meanwhile; the list may lack some.
-	for tries := 0; errors.Is(err, netlink.ErrDumpInterrupted) && tries < 10; tries++ {
-		addrs, err = d.netlink.AddrList(tap, netlink.FAMILY_ALL)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("list addresses: %w", err)
-	}
-
-	prefixes := make([]netip.Prefix, 0, len(addrs))
-	for _, addr := range addrs {
-		ip, ok := netip.AddrFromSlice(addr.IP)
-		if !ok {
-			continue
-		}
-		bits, _ := addr.Mask.Size()
-		prefixes = append(prefixes, netip.PrefixFrom(ip.Unmap(), bits))
-	}
-	return prefixes, nil
-}
-
-func (c *change) explain(err error) error {
-	switch {
-	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("%w; an administrator has to run: %s", err, c.command)
-	case errors.Is(err, unix.EACCES) && strings.HasSuffix(c.command, "nodad"):
-		// inet6_addr_add of net/ipv6/addrconf.c.
-		return fmt.Errorf("%s: %w; IPv6 is switched off on the device (sysctl net.ipv6.conf.*.disable_ipv6)", c.command, err)
-	default:
-		return fmt.Errorf("%s: %w", c.command, err)
 	}
 }

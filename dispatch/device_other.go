@@ -6,22 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
 	"runtime"
 )
-
-// DeviceConfig has the fields of Linux, where they are described, so that its
-// users compile; nothing reads them here.
-type DeviceConfig struct {
-	Name       string
-	Persist    bool
-	UID, GID   *int
-	HostAddrs  []netip.Prefix
-	MTU        int
-	TxQueueLen int
-	Queues     int
-	Offload    bool
-}
 
 // Device cannot be had: TAP devices with several queues exist on Linux only.
 type Device struct{}
