@@ -85,7 +85,7 @@ func allocationSites(f func()) []allocationSite {
 		if objects == 0 {
 			continue
 		}
-		function := "?"
+		var function string
 		frames := runtime.CallersFrames(r.Stack())
 		for {
 			frame, more := frames.Next()

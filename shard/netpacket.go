@@ -228,7 +228,7 @@ func (p *NetPacketConn) over() error {
 	case <-p.closed:
 		return net.ErrClosed
 	case <-p.set.done:
-		return cmp.Or(p.set.Err(), error(net.ErrClosed))
+		return cmp.Or(p.set.Err(), net.ErrClosed)
 	default:
 		return nil
 	}

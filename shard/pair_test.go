@@ -1,7 +1,6 @@
 package shard
 
 import (
-	"io"
 	"log/slog"
 	"net/netip"
 	"runtime"
@@ -40,7 +39,7 @@ func testConfig(t testing.TB, side, fd int) Config {
 			netip.PrefixFrom(addr6[side], 64),
 		},
 		Spin: 20 * time.Microsecond, SendBuffer: 768 << 10, ReceiveBuffer: 512 << 10, RxBuffers: 64, MaxConns: 1000, Drain: time.Second,
-		Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Logger: slog.New(slog.DiscardHandler),
 	}
 }
 
