@@ -18,8 +18,8 @@ const tunPath = "/dev/net/tun"
 // drivers/net/tun.c).
 const queueFlags = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_MULTI_QUEUE | unix.IFF_VNET_HDR
 
-// Queue is one queue of a TAP device. It is owned by one shard's thread:
-// frames keep their order only if a single thread reads. Its methods are in
+// Queue is one queue of a TAP device. One shard's thread reads it: frames keep
+// their order only if a single thread does. Any thread may write. Its methods are in
 // the order of use; Read, Write and Writev are non-blocking, allocate nothing
 // and are raw system calls, so that the thread keeps its P (the Go
 // scheduler's right to run) and pays no more than the call.

@@ -16,6 +16,7 @@ type captured struct {
 	bytes   []byte
 	ours    bool // sent by the stack, else by the kernel
 	partial bool // the transport checksum is left to somebody else
+	segment int  // payload bytes of each segment that the frame is to be cut into, or 0
 }
 
 // capture collects the frames of a device, in both directions, each as it
@@ -27,13 +28,20 @@ type capture struct {
 	frames chan []captured // one value, when the capture has ended
 }
 
+// In front of each frame is a struct virtio_net_hdr (linux/virtio_net.h): flags,
+// then at 4 the size of the segments.
+const (
+	vnetLen           = 10
+	vnetNeedsChecksum = 1
+)
+
 // captureDevice begins a capture. It ends with frames.
 func captureDevice(t *testing.T, device string) *capture {
 	t.Helper()
 	fd, index := packetSocket(t, device, unix.ETH_P_ALL)
 	for _, option := range []struct{ level, name, value int }{
 		{unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 256 << 20},
-		{unix.SOL_PACKET, unix.PACKET_AUXDATA, 1},
+		{unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1},
 	} {
 		if err := unix.SetsockoptInt(fd, option.level, option.name, option.value); err != nil {
 			t.Fatal(err)
@@ -51,15 +59,16 @@ func captureDevice(t *testing.T, device string) *capture {
 
 func (c *capture) read(index int) {
 	var frames []captured
-	buf, control := make([]byte, 1<<17), make([]byte, 256)
+	buf := make([]byte, 1<<17)
 	for {
-		n, controlLen, _, from, err := unix.Recvmsg(c.fd, buf, control, 0)
+		n, from, err := unix.Recvfrom(c.fd, buf, 0)
 		if err == nil {
-			if link, ok := from.(*unix.SockaddrLinklayer); ok && link.Ifindex == index {
+			if link, ok := from.(*unix.SockaddrLinklayer); ok && link.Ifindex == index && n >= vnetLen {
 				frames = append(frames, captured{
-					bytes:   append([]byte(nil), buf[:n]...),
+					bytes:   append([]byte(nil), buf[vnetLen:n]...),
 					ours:    link.Pkttype != unix.PACKET_OUTGOING,
-					partial: isPartial(control[:controlLen]),
+					partial: buf[0]&vnetNeedsChecksum != 0,
+					segment: int(binary.NativeEndian.Uint16(buf[4:])),
 				})
 			}
 			continue
@@ -109,21 +118,6 @@ func packetSocket(t *testing.T, device string, protocol uint16) (fd, index int) 
 	return fd, link.Index
 }
 
-// isPartial looks for the flag in what the kernel says about a frame: struct
-// tpacket_auxdata of linux/if_packet.h begins with the 32 bits of its status.
-func isPartial(control []byte) bool {
-	messages, err := unix.ParseSocketControlMessage(control)
-	if err != nil {
-		return false
-	}
-	for _, m := range messages {
-		if m.Header.Level == unix.SOL_PACKET && m.Header.Type == unix.PACKET_AUXDATA && len(m.Data) >= 4 {
-			return binary.NativeEndian.Uint32(m.Data)&unix.TP_STATUS_CSUMNOTREADY != 0
-		}
-	}
-	return false
-}
-
 // longest returns the length of the longest frame of each side in bytes.
 func longest(frames []captured) (ours, kernels int) {
 	for _, f := range frames {
@@ -134,6 +128,16 @@ func longest(frames []captured) (ours, kernels int) {
 		}
 	}
 	return ours, kernels
+}
+
+// wireLen is the length in bytes of the frame, or of the longest of those that
+// it is to be cut into.
+func (f *captured) wireLen() int {
+	p := gopacket.NewPacket(f.bytes, layers.LayerTypeEthernet, gopacket.NoCopy)
+	if l4 := p.TransportLayer(); f.segment > 0 && l4 != nil {
+		return len(f.bytes) - len(l4.LayerPayload()) + min(f.segment, len(l4.LayerPayload()))
+	}
+	return len(f.bytes)
 }
 
 // verify decodes a frame and checks every checksum that should be complete. It

@@ -8,8 +8,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-
-	"numastack/stack"
 )
 
 // TestEchoSizes sends random bytes and half-closes: everything comes back, and
@@ -45,10 +43,6 @@ func TestHalfCloseWithoutData(t *testing.T) {
 func TestHalfCloseIsPrompt(t *testing.T) {
 	const flows, stall = 100, 180 * time.Millisecond
 	forVariants(t, func(t *testing.T, r *rig) {
-		if r.Steering() == stack.SteeringUser && r.cfg.Shards > 1 {
-			t.Skip("known: without a steering program a flow changes its queue after our first frame, so its first frames " +
-				"may overtake each other, and gVisor forgets a bare FIN that came before the data ahead of it")
-		}
 		r.serveEcho(t, nil)
 		r.forFamilies(t, func(t *testing.T, f family) {
 			stalls := 0
@@ -90,7 +84,7 @@ func TestManyConnections(t *testing.T) {
 					failures <- err
 					return
 				}
-				defer c.Close()
+				defer func() { _ = c.Close() }()
 				<-begin
 				if err := exchange(c, payload(uint64(i), 1+i*37)); err != nil {
 					failures <- fmt.Errorf("connection %d: %w", i, err)

@@ -124,7 +124,8 @@ var apps struct {
 func app(t *testing.T, name string) string {
 	t.Helper()
 	apps.once.Do(func() {
-		if apps.dir, apps.err = os.MkdirTemp("", "numastack-integration-"); apps.err != nil {
+		apps.dir, apps.err = os.MkdirTemp("", "numastack-integration-") //nolint:usetesting // outlives the test
+		if apps.err != nil {
 			return
 		}
 		// Some are run by another user.

@@ -15,7 +15,7 @@ func TestMTU(t *testing.T) {
 		mtus = []int{576, 9000}
 	}
 	for _, mtu := range mtus {
-		for _, offload := range []stack.Offload{stack.OffloadAuto, stack.OffloadOff} {
+		for _, offload := range []stack.OffloadMode{stack.OffloadAuto, stack.OffloadOff} {
 			v := variant{2, stack.SteeringAuto, offload}
 			cfg := v.config()
 			cfg.MTU = mtu
@@ -49,6 +49,9 @@ func TestMTU(t *testing.T) {
 					}
 					if transport {
 						checked++
+					}
+					if n := frames[i].wireLen(); n > mtu+ethernetLen {
+						t.Fatalf("frame %d of the stack is %d bytes long when it is cut, want at most %d", i, n, mtu+ethernetLen)
 					}
 					if offload == stack.OffloadOff && frames[i].partial {
 						t.Fatalf("frame %d of the stack has a partial checksum, with offload off", i)

@@ -48,7 +48,7 @@ func ping(to netip.Addr, seq uint16, content []byte) error {
 	if err != nil {
 		return fmt.Errorf("open a ping socket: %w", err)
 	}
-	defer unix.Close(fd)
+	defer func() { _ = unix.Close(fd) }()
 	timeout := unix.NsecToTimeval(patience.Nanoseconds())
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
 		return err

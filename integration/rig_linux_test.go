@@ -24,7 +24,7 @@ const patience = 10 * time.Second
 type variant struct {
 	shards   int
 	steering stack.Steering
-	offload  stack.Offload
+	offload  stack.OffloadMode
 }
 
 func (v variant) String() string {
@@ -42,7 +42,7 @@ func variants() []variant {
 	var all []variant
 	for _, shards := range []int{1, 2, 4} {
 		for _, steering := range []stack.Steering{stack.SteeringKernel, stack.SteeringUser} {
-			for _, offload := range []stack.Offload{stack.OffloadAuto, stack.OffloadOff} {
+			for _, offload := range []stack.OffloadMode{stack.OffloadAuto, stack.OffloadOff} {
 				all = append(all, variant{shards, steering, offload})
 			}
 		}

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"strconv"
+	"sync"
 	"testing"
 
 	"numastack/stack"
@@ -157,22 +158,23 @@ type halfCloser interface {
 // exchange sends b to an echo service, closes its side and reads until the peer
 // has closed the other: it returns nil if b came back and then an orderly end.
 func exchange(c halfCloser, b []byte) error {
-	sent := make(chan error, 1)
-	go func() {
-		_, err := c.Write(b)
-		if err == nil {
-			err = c.CloseWrite()
+	var (
+		sending sync.WaitGroup
+		sendErr error
+	)
+	sending.Go(func() {
+		if _, sendErr = c.Write(b); sendErr == nil {
+			sendErr = c.CloseWrite()
 		}
-		sent <- err
-	}()
+	})
 	got, err := io.ReadAll(c)
 	if err != nil {
 		_ = c.Close() // ends the writer
-		<-sent
+		sending.Wait()
 		return fmt.Errorf("read after %d bytes: %w", len(got), err)
 	}
-	if err := <-sent; err != nil {
-		return fmt.Errorf("send %d bytes: %w", len(b), err)
+	if sending.Wait(); sendErr != nil {
+		return fmt.Errorf("send %d bytes: %w", len(b), sendErr)
 	}
 	return same(got, b)
 }

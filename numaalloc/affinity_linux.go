@@ -44,6 +44,22 @@ func Pin(cpu int) error {
 	return nil
 }
 
+// PinAny keeps the calling OS thread on the given CPUs, under the conditions of
+// Pin.
+func PinAny(cpus []int) error {
+	mask := unix.NewCPUSet(maxCPUs)
+	for _, cpu := range cpus {
+		if cpu < 0 || cpu >= maxCPUs {
+			return fmt.Errorf("pin thread to cpus %s: no cpu %d; allowed are %s", FormatCPUList(cpus), cpu, describeAllowed())
+		}
+		mask.Set(cpu)
+	}
+	if err := unix.SchedSetaffinityDynamic(0, mask); err != nil {
+		return fmt.Errorf("pin thread to cpus %s: %w; allowed are %s", FormatCPUList(cpus), err, describeAllowed())
+	}
+	return nil
+}
+
 // NameThread names the calling OS thread, as ps -L, top -H and perf show it:
 // 1 to 15 bytes. The goroutine must hold the thread, as for Pin. On the
 // process's first thread it renames the process.

@@ -22,6 +22,11 @@ func Pin(cpu int) error {
 	return fmt.Errorf("pin thread to cpu %d: %w on %s", cpu, errors.ErrUnsupported, runtime.GOOS)
 }
 
+// PinAny is refused, like Pin.
+func PinAny(cpus []int) error {
+	return fmt.Errorf("pin thread to cpus %s: %w on %s", FormatCPUList(cpus), errors.ErrUnsupported, runtime.GOOS)
+}
+
 // NameThread is refused: threads are named on Linux only.
 func NameThread(name string) error {
 	return fmt.Errorf("name thread %q: %w on %s", name, errors.ErrUnsupported, runtime.GOOS)

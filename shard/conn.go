@@ -59,6 +59,8 @@ type Conn struct {
 	h     Handler
 	ctx   any
 
+	served *ServedConn // the coroutine of a connection that Serve accepted
+
 	prev, next *Conn // in the group's list
 
 	local, remote netip.AddrPort
@@ -143,6 +145,11 @@ func (c *Conn) serve(s *Shard) {
 		c.opened = true
 		c.tune(s)
 		c.h.Open(c)
+	}
+	if c.served != nil {
+		c.serving = false
+		c.served.serve(events)
+		return
 	}
 	if events&waiter.WritableEvents != 0 && !c.closing && c.wantWrite {
 		c.wantWrite = false
@@ -403,6 +410,7 @@ type scratch struct {
 	peek       peeker
 	discard    discarder
 	payload    payloader
+	fill       filler
 	to         tcpip.FullAddress
 	info       tcpip.TCPInfoOption
 	datagram   [maxDatagram]byte // one cut from a super-frame

@@ -31,14 +31,18 @@ func testConfig(t testing.TB, side, fd int) Config {
 	if err != nil {
 		t.Fatal(err)
 	}
+	reta, err := dispatch.NewRETA(4, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
 	return Config{
 		Device: "pair", Queues: []*dispatch.Queue{dispatch.NewQueue(fd)},
-		MTU: 1500, GSO: true, CPUs: []int{cpus[side%len(cpus)]}, Groups: 4, Key: key,
+		MTU: 1500, GSO: true, CPUs: []int{cpus[side%len(cpus)]}, Key: key, RETA: reta,
 		Addrs: []netip.Prefix{
 			netip.PrefixFrom([2]netip.Addr{addrA, addrB}[side], 24),
 			netip.PrefixFrom(addr6[side], 64),
 		},
-		Spin: 20 * time.Microsecond, SendBuffer: 768 << 10, ReceiveBuffer: 512 << 10, RxBuffers: 64, MaxConns: 1000, Drain: time.Second,
+		Spin: 20 * time.Microsecond, SendBuffer: 768 << 10, ReceiveBuffer: 512 << 10, RxBuffers: 64, OffloadThreads: 2, MaxConns: 1000, Drain: time.Second,
 		Logger: slog.New(slog.DiscardHandler),
 	}
 }

@@ -38,17 +38,19 @@ type Config struct {
 	MTU                       int              // bytes of an IP packet
 	GSO                       bool             // the kernel takes TCP super-frames
 	CPUs                      []int            // by shard
-	Groups                    int
+	RETA                      *dispatch.RETA   // flow groups and their owners
+	UserSteering              bool             // the kernel does not steer by RETA and Key
 	Key                       dispatch.Key
 	Addrs                     []netip.Prefix // the stack's addresses
 	Gateways                  []netip.Addr   // default routes; may be empty
 	Spin                      time.Duration  // how long an idle shard looks for work before it blocks
 	SendBuffer, ReceiveBuffer int            // bytes per TCP connection to start with
 
-	RxBuffers int           // receive buffers per shard
-	MaxConns  int           // connections per shard
-	Drain     time.Duration // how long Close lets connections say goodbye
-	Logger    *slog.Logger
+	RxBuffers      int           // receive buffers per shard
+	MaxConns       int           // connections per shard
+	OffloadThreads int           // for handlers of Serve, per NUMA node
+	Drain          time.Duration // how long Close lets connections say goodbye
+	Logger         *slog.Logger
 }
 
 // Set is the shards of one stack, what they share, and the control plane that
@@ -73,6 +75,8 @@ type Set struct {
 
 	dials atomic.Uint32 // spreads dials over groups
 
+	pools map[int]*offloadPool // by NUMA node; immutable after New
+
 	listenMu  sync.Mutex
 	listeners map[*Listener]struct{} // guarded by listenMu
 }
@@ -95,8 +99,21 @@ func New(cfg Config) (*Set, error) {
 			return nil, err
 		}
 	}
+	set.startPools()
 	close(set.begin)
 	return set, nil
+}
+
+// startPools makes the threads for offloaded work.
+func (set *Set) startPools() {
+	shards := make(map[int]int)
+	for _, s := range set.shards {
+		shards[s.node]++
+	}
+	set.pools = make(map[int]*offloadPool)
+	for node, n := range shards {
+		set.pools[node] = newOffloadPool(node, n, set.cfg.OffloadThreads)
+	}
 }
 
 // newSet makes everything but the threads.
@@ -106,17 +123,13 @@ func newSet(cfg Config) (*Set, error) {
 		_, _ = rand.Read(cfg.MAC)      // never fails
 		cfg.MAC[0] = cfg.MAC[0]&^1 | 2 // unicast, locally administered
 	}
-	reta, err := dispatch.NewRETA(cfg.Groups, len(cfg.Queues))
-	if err != nil {
-		return nil, err
-	}
 	set := &Set{
 		cfg:      cfg,
 		mac:      [6]byte(cfg.MAC),
 		start:    time.Now(), //nolint:forbidigo // the origin of all shards' clocks
 		toeplitz: dispatch.NewToeplitz(cfg.Key),
-		reta:     reta,
-		groups:   make([]*Group, cfg.Groups),
+		reta:     cfg.RETA,
+		groups:   make([]*Group, cfg.RETA.Groups()),
 
 		listeners: make(map[*Listener]struct{}),
 
@@ -189,9 +202,6 @@ func (set *Set) doGroup(id int, f func(g *Group) error) error {
 	set.shards[set.reta.Owner(id)].do(func(*Shard) { err = f(set.groups[id]) })
 	return err
 }
-
-// RETA returns the indirection table.
-func (set *Set) RETA() *dispatch.RETA { return set.reta }
 
 // MAC returns the stack's link address.
 func (set *Set) MAC() net.HardwareAddr { return set.cfg.MAC }
@@ -268,6 +278,9 @@ func (set *Set) Close() {
 			})
 		}
 		set.running.Wait()
+		for _, p := range set.pools {
+			p.close()
+		}
 		set.closeEventFDs()
 		set.doneOnce.Do(func() { close(set.done) })
 		close(set.ended)

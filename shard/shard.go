@@ -30,18 +30,22 @@ type Shard struct {
 	_      [64]byte
 
 	// Owned by the shard's thread.
-	readClock  func() int64 // nanoseconds since the stack started; called once per turn
-	now        int64        // what it returned
-	lastWork   int64        // now of the last turn that did work
-	earliest   int64        // no timer of its groups is due before
-	groups     []*Group
-	active     []*Group // groups whose TCP has work in this turn
-	ready      []readyTask
-	readyNext  []readyTask
-	tx         *txQueue
-	rx         rxBuffers
-	wakeList   []*Shard // shards that got a frame in this burst
-	scratch    *scratch
+	readClock    func() int64 // nanoseconds since the stack started; called once per turn
+	now          int64        // what it returned
+	lastWork     int64        // now of the last turn that did work
+	earliest     int64        // no timer of its groups is due before
+	groups       []*Group
+	active       []*Group // groups whose TCP has work in this turn
+	ready        []readyTask
+	readyNext    []readyTask
+	tx           *txQueue
+	rx           rxBuffers
+	wakeList     []*Shard // shards that got a frame in this burst
+	scratch      *scratch
+	served       map[*ServedConn]struct{} // handlers that have not ended
+	offloading   int                      // functions that the pool has
+	offloadWaits []*ServedConn            // handlers whose function waits for room there
+
 	leaving    bool // Close was called: nothing new begins
 	stopping   bool // leave the loop
 	deviceGone bool // leave the queue alone
@@ -88,14 +92,30 @@ func dropCause(i int) string {
 // to run its loop.
 func (s *Shard) start() error {
 	ready := make(chan error)
-	go s.thread(ready)
+	go onOwnThread(func() { s.thread(ready) })
 	return <-ready
 }
 
-func (s *Shard) thread(ready chan<- error) {
-	// Never unlocked: the thread is pinned and named, so it ends with the
-	// goroutine instead of going back to the runtime's pool.
+// onOwnThread runs f locked to a thread that ends with it. The process's main
+// thread never ends, and its name is the process's: if the runtime has chosen
+// that one, a second goroutine gets another while this one keeps it busy.
+func onOwnThread(f func()) {
 	runtime.LockOSThread()
+	if unix.Gettid() != unix.Getpid() {
+		f() // never unlocked: the thread is pinned and named, so it ends
+		return
+	}
+	locked := make(chan struct{})
+	go func() {
+		runtime.LockOSThread()
+		close(locked)
+		f()
+	}()
+	<-locked
+	runtime.UnlockOSThread()
+}
+
+func (s *Shard) thread(ready chan<- error) {
 	defer s.set.running.Done()
 	if err := s.setup(); err != nil {
 		s.teardown()
@@ -118,7 +138,11 @@ func (s *Shard) setup() error {
 	s.earliest = never
 	s.rx = newRxBuffers(s.set.cfg.RxBuffers)
 	s.tx = newTxQueue(s.queue, &s.counters)
+	if s.set.cfg.UserSteering && len(s.set.shards) > 1 {
+		s.tx.arrivals = &arrivals{queues: s.set.cfg.Queues}
+	}
 	s.scratch = new(scratch)
+	s.served = make(map[*ServedConn]struct{})
 	for id := range s.set.reta.Groups() {
 		if s.set.reta.Owner(id) != s.id {
 			continue
@@ -136,6 +160,9 @@ func (s *Shard) setup() error {
 func (s *Shard) teardown() {
 	s.leaving = true
 	s.mail.close(s)
+	for co := range s.served {
+		co.stop() // wherever it waits, it learns that this is the end
+	}
 	for _, g := range s.groups {
 		g.stack.Destroy()
 	}

@@ -32,6 +32,9 @@ type Counters struct {
 	ConnsDialed   uint64 `json:"conns_dialed"`   // ever
 	ConnsRefused  uint64 `json:"conns_refused"`  // reset because a limit was reached
 
+	Offloads      uint64 `json:"offloads"`       // functions that handlers ran elsewhere
+	HandlerPanics uint64 `json:"handler_panics"` // handlers that panicked
+
 	DatagramsDropped uint64 `json:"datagrams_dropped"` // UDP, receiver too slow
 
 	Buffers          uint64 `json:"buffers"`           // receive buffers made

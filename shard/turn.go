@@ -20,7 +20,8 @@ const protoTCP = 6 // IANA protocol number
 
 // loop is the life of a shard: turns, and a wait when they find no work.
 func (s *Shard) loop() {
-	for !s.stopping {
+	// Offloaded work still uses what its handler owns.
+	for !s.stopping || s.offloading > 0 {
 		if s.turn() {
 			s.counters.Turns++
 			s.lastWork = s.now
@@ -125,6 +126,9 @@ func (s *Shard) steer(buf *rxBuffer, n int) {
 			s.forward(owner, &vnet, &parsed, frame, view)
 			return
 		}
+		if s.tx.arrivals != nil {
+			s.tx.arrivals.note(frame, &parsed, s.id)
+		}
 		s.deliver(s.set.groups[group], &vnet, &parsed, frame, view, dispatch.VnetHeaderLen)
 	case dispatch.ClassNeighbor:
 		for _, to := range s.set.shards {
@@ -180,7 +184,7 @@ func (s *Shard) forward(to int, vnet *dispatch.VnetHeader, parsed *dispatch.Pars
 
 // readRings delivers what other shards read for this one.
 func (s *Shard) readRings() (frames int) {
-	for _, ring := range s.inbox {
+	for from, ring := range s.inbox {
 		if ring == nil {
 			continue
 		}
@@ -193,6 +197,9 @@ func (s *Shard) readRings() (frames int) {
 			if h.parsed.Class == dispatch.ClassNeighbor {
 				s.deliverAll(&h.vnet, &h.parsed, h.frame)
 			} else {
+				if s.tx.arrivals != nil {
+					s.tx.arrivals.note(h.frame, &h.parsed, from)
+				}
 				g := s.set.groups[s.set.reta.GroupOf(h.parsed.Hash)]
 				s.deliver(g, &h.vnet, &h.parsed, h.frame, h.view, h.offset)
 			}

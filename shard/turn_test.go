@@ -267,6 +267,11 @@ func TestForward(t *testing.T) {
 		cfg := testConfig(t, side, fds[0])
 		cfg.Queues = append(cfg.Queues, dispatch.NewQueue(fds[1]))
 		cfg.CPUs = append(cfg.CPUs, cfg.CPUs[0])
+		cfg.UserSteering = true
+		var err error
+		if cfg.RETA, err = dispatch.NewRETA(4, 2); err != nil {
+			t.Fatal(err)
+		}
 		set, err := New(cfg)
 		if err != nil {
 			t.Fatal(err)

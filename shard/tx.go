@@ -37,6 +37,8 @@ type txQueue struct {
 	queue *dispatch.Queue
 	stats *Counters
 
+	arrivals *arrivals // nil: everything leaves on queue
+
 	pkts    []*stack.PacketBuffer // nil: superseded
 	acks    [ackSlots]int32       // 1 + index in pkts of a flow's last pure ACK
 	scratch [txCopyLimit]byte
@@ -133,6 +135,12 @@ func (t *txQueue) write(pkt *stack.PacketBuffer) {
 	vnet := vnetHeader(pkt)
 	vnet.Encode(pkt.VirtioNetHeader().Push(dispatch.VnetHeaderLen))
 
+	queue := t.queue
+	if t.arrivals != nil {
+		if q := t.arrivals.queue(pkt); q != nil {
+			queue = q
+		}
+	}
 	views, offset := pkt.AsViewList()
 	size := pkt.Size()
 	var errno syscall.Errno
@@ -142,7 +150,7 @@ func (t *txQueue) write(pkt *stack.PacketBuffer) {
 			b := viewBytes(v, &offset)
 			n += copy(t.scratch[n:], b)
 		}
-		errno = t.queue.Write(t.scratch[:n])
+		errno = queue.Write(t.scratch[:n])
 	} else {
 		t.iov = t.iov[:0]
 		for v := views.Front(); v != nil; v = v.Next() {
@@ -151,9 +159,9 @@ func (t *txQueue) write(pkt *stack.PacketBuffer) {
 			}
 		}
 		if len(t.iov) <= maxIovec {
-			_, errno = t.queue.Writev(t.iov)
+			_, errno = queue.Writev(t.iov)
 		} else {
-			errno = t.queue.Write(t.gather(pkt, size))
+			errno = queue.Write(t.gather(pkt, size))
 		}
 		clear(t.iov)
 	}

@@ -72,14 +72,14 @@ func (s *Steering) UnmarshalText(b []byte) error {
 	return err
 }
 
-// Offload says whether frames larger than the MTU and partial checksums may
+// OffloadMode says whether frames larger than the MTU and partial checksums may
 // pass between the kernel and the stack.
-type Offload int
+type OffloadMode int
 
 // The offload settings.
 const (
 	// OffloadAuto takes every offload that the kernel grants.
-	OffloadAuto Offload = iota
+	OffloadAuto OffloadMode = iota
 	// OffloadOff passes plain frames of at most the MTU, with checksums.
 	OffloadOff
 )
@@ -87,15 +87,15 @@ const (
 var offloadNames = [...]string{"auto", "off"}
 
 // String returns the name that UnmarshalText accepts.
-func (o Offload) String() string { return enumName(offloadNames[:], int(o)) }
+func (o OffloadMode) String() string { return enumName(offloadNames[:], int(o)) }
 
 // MarshalText implements encoding.TextMarshaler.
-func (o Offload) MarshalText() ([]byte, error) { return []byte(o.String()), nil }
+func (o OffloadMode) MarshalText() ([]byte, error) { return []byte(o.String()), nil }
 
 // UnmarshalText accepts auto and off.
-func (o *Offload) UnmarshalText(b []byte) error {
+func (o *OffloadMode) UnmarshalText(b []byte) error {
 	i, err := enumValue(offloadNames[:], string(b))
-	*o = Offload(i)
+	*o = OffloadMode(i)
 	return err
 }
 
@@ -156,7 +156,7 @@ type Config struct {
 	Steering Steering
 	// Offload says whether frames may be larger than the MTU. Default
 	// OffloadAuto.
-	Offload Offload
+	Offload OffloadMode
 	// HashKey is the key of the Toeplitz hash. Default: random, and checked to
 	// spread consecutive ports over all buckets. Who knows the key can choose
 	// the shard of a flow.
@@ -183,6 +183,10 @@ type Config struct {
 	// They are made when needed; without a free one, payload is copied, and
 	// counted. Default 512.
 	RxBuffers int
+	// OffloadThreads is how many functions that handlers of Serve offload may
+	// run at once per NUMA node, 1 to 1024. Default: the number of CPUs that
+	// the process may use, at least 2.
+	OffloadThreads int
 	// Drain is how long Close lets connections send what was written. Default
 	// 500 ms; negative: do not wait.
 	Drain time.Duration
@@ -201,6 +205,7 @@ func (cfg Config) withDefaults() (Config, error) {
 	setDefault(&cfg.Backlog, DefaultBacklog)
 	setDefault(&cfg.MaxConns, DefaultMaxConns)
 	setDefault(&cfg.RxBuffers, DefaultRxBuffers)
+	setDefault(&cfg.OffloadThreads, max(runtime.NumCPU(), 2))
 	setDefault(&cfg.Drain, DefaultDrain)
 	setDefault(&cfg.SendBuffer, DefaultSendBuffer)
 	setDefault(&cfg.ReceiveBuffer, DefaultReceiveBuffer)
@@ -252,6 +257,7 @@ func (cfg *Config) validate() error {
 		inRange("MaxConns", cfg.MaxConns, 1, 1<<30),
 		inRange("SendBuffer", cfg.SendBuffer, minBuffer, maxBuffer),
 		inRange("ReceiveBuffer", cfg.ReceiveBuffer, minBuffer, maxBuffer),
+		inRange("OffloadThreads", cfg.OffloadThreads, 1, 1024),
 		inRange("RxBuffers", cfg.RxBuffers, 1, 1<<20),
 	} {
 		if err != nil {

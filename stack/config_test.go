@@ -98,7 +98,7 @@ func TestEnumText(t *testing.T) {
 			t.Errorf("%v became %v by way of %q", s, back, b)
 		}
 	}
-	var o Offload
+	var o OffloadMode
 	if err := o.UnmarshalText([]byte("on")); err == nil || !strings.Contains(err.Error(), "auto") {
 		t.Errorf("offload %q: error %v, want one that names what is accepted", "on", err)
 	}

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"numastack/shard"
 )
@@ -58,6 +59,62 @@ func (s *Stack) HandleTCP(network, address string, h Handler) (net.Listener, err
 		return nil, err
 	}
 	return handled{l}, nil
+}
+
+// Serve runs h for every connection that arrives at address: blocking code as
+// a coroutine on the shard's thread. The net.Conn that h gets is a
+// *[ServedConn], whose documentation says what h may do. network and address
+// are as in Listen. The returned listener's Accept reports net.ErrClosed.
+func (s *Stack) Serve(network, address string, h func(net.Conn)) (net.Listener, error) {
+	addrs, port, err := s.local("tcp", network, address)
+	if err == nil && h == nil {
+		err = errors.New("handler is nil")
+	}
+	if err != nil {
+		return nil, &net.OpError{Op: "listen", Net: network, Err: err}
+	}
+	l, err := s.set.Serve(addrs, port, s.cfg.Backlog, h)
+	if err != nil {
+		return nil, err
+	}
+	return handled{l}, nil
+}
+
+// ServedConn is the connection of a handler that Serve runs.
+type ServedConn = shard.ServedConn
+
+// Offload runs f on another thread of the NUMA node when conn belongs to a
+// handler of Serve, also below a *tls.Conn or the like, and returns when f has
+// ended; the shard goes on meanwhile. With any other conn it just calls f.
+func Offload(conn net.Conn, f func()) {
+	if served := servedConn(conn); served != nil {
+		served.Offload(f)
+	} else {
+		f()
+	}
+}
+
+// Sleep pauses a handler of Serve while its shard goes on; with any other conn
+// it is time.Sleep.
+func Sleep(conn net.Conn, d time.Duration) error {
+	if served := servedConn(conn); served != nil {
+		return served.Sleep(d)
+	}
+	time.Sleep(d)
+	return nil
+}
+
+func servedConn(conn net.Conn) *ServedConn {
+	for {
+		switch c := conn.(type) {
+		case *ServedConn:
+			return c
+		case interface{ NetConn() net.Conn }: // *tls.Conn
+			conn = c.NetConn()
+		default:
+			return nil
+		}
+	}
 }
 
 // handled is the net.Listener of connections that a Handler gets.

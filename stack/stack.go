@@ -59,27 +59,34 @@ func New(cfg Config) (_ *Stack, err error) {
 	for i := range queues {
 		queues[i] = s.device.Queue(i)
 	}
-	if s.set, err = shard.New(shard.Config{
-		Device:        cfg.Device,
-		Queues:        queues,
-		MTU:           cfg.MTU,
-		GSO:           cfg.Offload == OffloadAuto,
-		CPUs:          cfg.CPUs,
-		Groups:        cfg.Groups,
-		Key:           key,
-		Addrs:         cfg.Addrs,
-		Gateways:      cfg.Gateways,
-		Spin:          cfg.Spin,
-		SendBuffer:    cfg.SendBuffer,
-		ReceiveBuffer: cfg.ReceiveBuffer,
-		RxBuffers:     cfg.RxBuffers,
-		MaxConns:      (cfg.MaxConns + cfg.Shards - 1) / cfg.Shards,
-		Drain:         cfg.Drain,
-		Logger:        cfg.Logger,
-	}); err != nil {
+	reta, err := dispatch.NewRETA(cfg.Groups, cfg.Shards)
+	if err != nil {
 		return nil, err
 	}
-	if err = s.steer(key); err != nil {
+	// Before the shards begin, so that no frame arrives unsteered.
+	if err = s.steer(key, reta); err != nil {
+		return nil, err
+	}
+	if s.set, err = shard.New(shard.Config{
+		Device:         cfg.Device,
+		Queues:         queues,
+		MTU:            cfg.MTU,
+		GSO:            cfg.Offload == OffloadAuto,
+		CPUs:           cfg.CPUs,
+		RETA:           reta,
+		Key:            key,
+		UserSteering:   s.steering == SteeringUser,
+		Addrs:          cfg.Addrs,
+		Gateways:       cfg.Gateways,
+		Spin:           cfg.Spin,
+		SendBuffer:     cfg.SendBuffer,
+		ReceiveBuffer:  cfg.ReceiveBuffer,
+		RxBuffers:      cfg.RxBuffers,
+		OffloadThreads: cfg.OffloadThreads,
+		MaxConns:       (cfg.MaxConns + cfg.Shards - 1) / cfg.Shards,
+		Drain:          cfg.Drain,
+		Logger:         cfg.Logger,
+	}); err != nil {
 		return nil, err
 	}
 	cfg.Logger.Info("stack is up",
@@ -94,13 +101,13 @@ func New(cfg Config) (_ *Stack, err error) {
 }
 
 // steer attaches the steering program, or decides to do without.
-func (s *Stack) steer(key dispatch.Key) (err error) {
+func (s *Stack) steer(key dispatch.Key, reta *dispatch.RETA) (err error) {
 	s.steering = SteeringUser
 	if s.cfg.Steering == SteeringUser {
 		return nil
 	}
 	if s.program, err = dispatch.NewProgram(key); err == nil {
-		err = s.program.SetQueues(s.set.RETA().Queues())
+		err = s.program.SetQueues(reta.Queues())
 	}
 	if err == nil {
 		err = s.device.AttachSteering(s.program.FD())

@@ -9,6 +9,8 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+
+	"numastack/apps/internal/cli"
 )
 
 func main() {
@@ -23,10 +25,11 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) (code
 	var o options
 	fs := newFlags(&o, stderr)
 	stack := newUserspace(fs)
-	switch err := fs.Parse(args); {
+	switch err := cli.Parse(fs, args); {
 	case errors.Is(err, flag.ErrHelp):
 		return 0
 	case err != nil:
+		fmt.Fprintf(stderr, "iperf3: %v\n", err)
 		return 2
 	}
 	if err := o.validate(fs.Args()); err != nil {

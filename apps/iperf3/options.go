@@ -76,8 +76,8 @@ func newFlags(o *options, output io.Writer) *flag.FlagSet {
 	fs := flag.NewFlagSet("iperf3", flag.ContinueOnError)
 	fs.SetOutput(output)
 	fs.Usage = func() {
-		fmt.Fprint(output, usage)
-		printStackFlags(output)
+		fmt.Fprint(fs.Output(), usage)
+		printStackFlags(fs.Output())
 	}
 	toggle := func(p *bool, names ...string) {
 		for _, name := range names {

@@ -136,9 +136,18 @@ func (o *Options) Logger(w io.Writer) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
 }
 
-// Parse parses the command line. The error is flag.ErrHelp after -help.
+// Parse parses the command line. The error is flag.ErrHelp after -help, which
+// prints the usage. Any other error is for the caller to print: the usage would
+// hide it.
 func Parse(fs *flag.FlagSet, args []string) error {
-	if err := fs.Parse(args); err != nil {
+	output := fs.Output()
+	fs.SetOutput(io.Discard)
+	err := fs.Parse(args)
+	fs.SetOutput(output)
+	if errors.Is(err, flag.ErrHelp) {
+		fs.Usage()
+	}
+	if err != nil {
 		return err
 	}
 	if fs.NArg() > 0 {
