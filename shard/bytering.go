@@ -1,38 +1,155 @@
 package shard
 
-import "sync/atomic"
+import (
+	"sync"
+	"sync/atomic"
+)
+
+// Sizes in bytes of the blocks of a byteRing. A small one holds a request or
+// its answer; a stream moves in large ones.
+const (
+	smallBlock = 4 << 10
+	largeBlock = 64 << 10
+)
 
 // byteRing carries bytes between a shard's thread and a goroutine, one of them
-// writing and the other reading. The memory is made at the first write, so an
-// idle connection has none.
+// writing and the other reading. Its memory is a chain of blocks out of a pool:
+// the writer appends them, the reader gives them back, and an empty ring whose
+// reader has called release holds none.
+//
+// Either side touches the other's fields only when the ring is empty, which
+// stays so until the writer ends a write: then the writer may start over at the
+// front of its block, so that a connection with little on the way keeps to a
+// few cache lines.
 type byteRing struct {
-	size int    // a power of two; immutable
-	buf  []byte // made by the writer before it first moves tail
+	limit atomic.Int64 // bytes that may wait
+
+	// Reader's; the writer's while it writes into an empty ring.
+	first *block // nil: the chain begins at fresh
+	at    int    // bytes of first that were read
 
 	head atomic.Uint64 // bytes read: reader writes, writer reads
 	_    [56]byte      // keeps the two sides on separate cache lines
-	tail atomic.Uint64 // bytes written: writer writes, reader reads
+
+	// Writer's.
+	last  *block
+	fresh *block // where a new chain begins; the reader reads it after tail
+
+	tail atomic.Uint64 // bytes written << tailShift, and flags
 	_    [56]byte
 }
 
-// len returns how many bytes wait. Either side may call it.
-func (r *byteRing) len() int { return int(r.tail.Load() - r.head.Load()) }
+// Flags in the lowest bits of byteRing.tail.
+const (
+	tailWriting  = 1 << iota // a write is going on
+	tailReleased             // the reader has given the blocks back
+	tailShift    = iota
+)
 
-// free returns how many bytes fit. Either side may call it.
-func (r *byteRing) free() int { return r.size - r.len() }
+// block is a piece of a byteRing.
+type block struct {
+	b    []byte
+	end  int // bytes written; final once next is set, and for the reader only then
+	next atomic.Pointer[block]
+}
+
+var (
+	smallBlocks = sync.Pool{New: func() any { return &block{b: make([]byte, smallBlock)} }}
+	largeBlocks = sync.Pool{New: func() any { return &block{b: make([]byte, largeBlock)} }}
+)
+
+func newBlock(size int) *block {
+	if size <= smallBlock {
+		return smallBlocks.Get().(*block)
+	}
+	return largeBlocks.Get().(*block)
+}
+
+func (b *block) free() {
+	b.end = 0
+	b.next.Store(nil)
+	if len(b.b) == smallBlock {
+		smallBlocks.Put(b)
+	} else {
+		largeBlocks.Put(b)
+	}
+}
+
+// len returns how many bytes wait. Either side may call it.
+func (r *byteRing) len() int { return int(r.tail.Load()>>tailShift - r.head.Load()) }
+
+// free returns how many bytes fit: none or less when the limit was lowered.
+// Either side may call it.
+func (r *byteRing) free() int { return int(r.limit.Load()) - r.len() }
 
 // write takes what fits of b and returns how much that was. Writer only.
 func (r *byteRing) write(b []byte) int {
-	if r.buf == nil && len(b) > 0 {
-		r.buf = make([]byte, r.size)
+	n := min(len(b), r.free())
+	if n <= 0 {
+		return 0
 	}
-	tail := r.tail.Load()
-	n := min(len(b), r.size-int(tail-r.head.Load()))
-	at := int(tail) & (r.size - 1)
-	m := copy(r.buf[at:], b[:n])
-	copy(r.buf, b[m:n])
-	r.tail.Store(tail + uint64(n))
+	b = b[:n]
+	r.begin(n)
+	for len(b) > 0 {
+		if r.last == nil || r.last.end == len(r.last.b) {
+			size := largeBlock
+			if r.last == nil {
+				size = len(b)
+			}
+			r.link(newBlock(size))
+		}
+		m := copy(r.last.b[r.last.end:], b)
+		r.last.end += m
+		b = b[m:]
+	}
+	r.commit(n)
 	return n
+}
+
+// append takes block b, which the caller has filled up to b.end, whether it
+// fits or not. Writer only.
+func (r *byteRing) append(b *block) {
+	n := b.end
+	r.begin(largeBlock)
+	r.link(b)
+	r.commit(n)
+}
+
+// begin keeps the reader from releasing the blocks until commit. In an empty
+// ring it starts over, with a block that suits a write of n bytes.
+func (r *byteRing) begin(n int) {
+	tail := r.tail.Or(tailWriting)
+	if tail&tailReleased != 0 {
+		r.last = nil
+	}
+	if r.last == nil || tail>>tailShift != r.head.Load() {
+		return
+	}
+	for r.first != r.last { // read to their ends
+		b := r.first
+		r.first = b.next.Load()
+		b.free()
+	}
+	r.at = 0
+	r.last.end = 0
+	if n > len(r.last.b) && len(r.last.b) < largeBlock {
+		r.last.free()
+		r.first, r.last = nil, nil
+	}
+}
+
+func (r *byteRing) link(b *block) {
+	if r.last == nil {
+		r.fresh = b
+	} else {
+		r.last.next.Store(b)
+	}
+	r.last = b
+}
+
+// commit lets the reader see n more bytes.
+func (r *byteRing) commit(n int) {
+	r.tail.Store((r.tail.Load()>>tailShift + uint64(n)) << tailShift)
 }
 
 // read fills b with what waits and returns how much that was. Reader only.
@@ -52,14 +169,46 @@ func (r *byteRing) read(b []byte) int {
 
 // peek returns the next bytes that lie in one piece. Reader only.
 func (r *byteRing) peek() []byte {
-	head := r.head.Load()
-	n := int(r.tail.Load() - head)
+	n := r.len()
 	if n == 0 {
 		return nil
 	}
-	at := int(head) & (r.size - 1)
-	return r.buf[at:min(at+n, r.size)]
+	if r.first == nil {
+		r.first, r.at = r.fresh, 0
+	}
+	for {
+		b := r.first
+		next := b.next.Load() // after tail: without a next one, all n bytes are in b
+		if next == nil {
+			return b.b[r.at : r.at+n]
+		}
+		if r.at < b.end {
+			return b.b[r.at:min(b.end, r.at+n)]
+		}
+		r.first, r.at = next, 0
+		b.free()
+	}
 }
 
 // skip drops n bytes that peek returned. Reader only.
-func (r *byteRing) skip(n int) { r.head.Add(uint64(n)) }
+func (r *byteRing) skip(n int) {
+	if n == 0 {
+		return // the ring may be empty, and at the writer's
+	}
+	r.at += n
+	r.head.Store(r.head.Load() + uint64(n))
+}
+
+// release gives the memory of an empty ring back; it does nothing to another,
+// or during a write. Reader only.
+func (r *byteRing) release() {
+	empty := r.head.Load() << tailShift
+	if !r.tail.CompareAndSwap(empty, empty|tailReleased) {
+		return
+	}
+	for r.first != nil {
+		b := r.first
+		r.first = b.next.Load()
+		b.free()
+	}
+}

@@ -8,7 +8,8 @@ import (
 )
 
 func TestByteRingModel(t *testing.T) {
-	r := &byteRing{size: 64}
+	r := new(byteRing)
+	r.limit.Store(64)
 	var model []byte
 	rng := rand.New(rand.NewPCG(1, 2))
 	next := byte(0)
@@ -43,7 +44,8 @@ func TestByteRingModel(t *testing.T) {
 
 // TestByteRingThreads is for the race detector.
 func TestByteRingThreads(t *testing.T) {
-	r := &byteRing{size: 128}
+	r := new(byteRing)
+	r.limit.Store(128)
 	const total = 1 << 18
 	go func() {
 		b := make([]byte, 50)
@@ -69,6 +71,107 @@ func TestByteRingThreads(t *testing.T) {
 		got += n
 		if n == 0 {
 			runtime.Gosched()
+		}
+	}
+}
+
+// TestByteRingBlocks is the model test with blocks that are appended whole, and
+// a reader that releases whenever it feels like it.
+func TestByteRingBlocks(t *testing.T) {
+	r := new(byteRing)
+	r.limit.Store(netRing)
+	rng := rand.New(rand.NewPCG(3, 4))
+	written, read := 0, 0
+	fill := func(b []byte) {
+		for i := range b {
+			b[i] = byte((written + i) % 251)
+		}
+	}
+	for range 20_000 {
+		switch rng.IntN(6) {
+		case 0:
+			if r.free() < largeBlock {
+				continue
+			}
+			b := newBlock(1 + rng.IntN(largeBlock))
+			b.end = 1 + rng.IntN(len(b.b))
+			fill(b.b[:b.end])
+			written += b.end
+			r.append(b)
+		case 1:
+			b := make([]byte, rng.IntN(20_000))
+			fill(b)
+			written += r.write(b)
+		case 2:
+			r.release()
+			if released := r.tail.Load()&tailReleased != 0; released && (r.len() > 0 || r.first != nil) {
+				t.Fatalf("released with %d bytes waiting", r.len())
+			}
+		default:
+			view := r.peek()
+			if (len(view) == 0) != (written == read) {
+				t.Fatalf("peek gives %d of %d bytes", len(view), written-read)
+			}
+			n := len(view)
+			if rng.IntN(3) == 0 {
+				n = rng.IntN(n + 1)
+			}
+			for i, x := range view[:n] {
+				if x != byte((read+i)%251) {
+					t.Fatalf("byte %d is %d, want %d", read+i, x, byte((read+i)%251))
+				}
+			}
+			r.skip(n)
+			read += n
+		}
+		if r.len() != written-read {
+			t.Fatalf("len %d, want %d", r.len(), written-read)
+		}
+	}
+}
+
+// TestByteRingReleaseThreads is for the race detector: the reader releases each
+// time it finds nothing.
+func TestByteRingReleaseThreads(t *testing.T) {
+	r := new(byteRing)
+	r.limit.Store(netRing)
+	const total = 1 << 22
+	pattern := make([]byte, 251+largeBlock)
+	for i := range pattern {
+		pattern[i] = byte(i % 251)
+	}
+	go func() {
+		rng := rand.New(rand.NewPCG(5, 6))
+		for sent := 0; sent < total; {
+			size := 1 + rng.IntN(100)
+			if rng.IntN(50) == 0 {
+				size = 1 + rng.IntN(largeBlock)
+			}
+			size = min(size, total-sent)
+			next := pattern[sent%251:][:size]
+			if r.free() < size {
+				runtime.Gosched()
+				continue
+			}
+			if rng.IntN(4) == 0 {
+				b := newBlock(size)
+				b.end = copy(b.b, next)
+				r.append(b)
+			} else {
+				r.write(next)
+			}
+			sent += size
+		}
+	}()
+	for got := 0; got < total; {
+		view := r.peek()
+		if !bytes.Equal(view, pattern[got%251:][:len(view)]) {
+			t.Fatalf("%d bytes from byte %d on are not what was written", len(view), got)
+		}
+		got += len(view)
+		r.skip(len(view))
+		if len(view) == 0 {
+			r.release()
 		}
 	}
 }

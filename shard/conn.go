@@ -71,6 +71,7 @@ type Conn struct {
 	dialing   bool
 	near      bool // the peer is so close that large buffers only go cold
 	paused    bool // the handler left bytes unread
+	patient   bool // those wait for the handler even after a failure
 	eof       bool // the handler knows that nothing more comes
 	wantWrite bool // a Write was short
 	serving   bool // a handler's method is running
@@ -78,7 +79,8 @@ type Conn struct {
 	abort     bool
 	done      bool
 
-	failure error // what a Write was told; gVisor tells it once
+	failure   error         // what a Write was told; gVisor tells it once
+	orphanFor time.Duration // how long it waits for its peer once closed; 0: orphanTime
 }
 
 // connList is the ring of a group's connections, with itself as the sentinel.
@@ -111,6 +113,7 @@ func (g *Group) newConn(ep tcpip.Endpoint, wq *waiter.Queue, h Handler) *Conn {
 	c.entry.Init(c, waiter.ReadableEvents|waiter.WritableEvents|waiter.EventErr|waiter.EventHUp)
 	wq.EventRegister(&c.entry)
 	g.conns.add(c)
+	g.load.Add(1)
 	g.shard.counters.ConnsOpen++
 	return c
 }
@@ -206,10 +209,11 @@ func (c *Conn) receive(s *Shard) error {
 	for !c.closing {
 		state := tcp.EndpointState(c.ep.State())
 		switch {
-		case state == tcp.StateError && (c.paused || c.eof):
+		case state == tcp.StateError && (c.paused && !c.patient || c.eof):
 			return c.cause() // unread bytes do not wait for the handler then
 		case state == tcp.StateClose && c.eof:
-			return io.EOF // both sides have said goodbye
+			// Both sides have said goodbye, unless the peer reset us after its own.
+			return cmp.Or(c.failure, errno(c.ep.LastError()), io.EOF)
 		case c.paused || c.eof:
 			return nil
 		}
@@ -288,18 +292,24 @@ func (c *Conn) finish(err error) {
 	if c.abort {
 		c.ep.Abort()
 	} else {
-		// Nobody watches it any more, so a peer that takes nothing must not
-		// keep it for ever (RFC 5482).
-		c.ep.SetSockOpt(&orphanTimeout)
+		c.orphan()
 		c.ep.Close()
 	}
 	c.g.conns.remove(c)
+	c.g.load.Add(-1)
 	c.g.shard.counters.ConnsOpen--
 }
 
-// orphanTimeout is how long a closed connection waits for its peer to
-// acknowledge anything, as long as TIME_WAIT lasts.
-var orphanTimeout = tcpip.TCPUserTimeoutOption(time.Minute)
+// orphanTime is how long a closed connection waits for its peer to acknowledge
+// anything, as long as TIME_WAIT lasts.
+const orphanTime = time.Minute
+
+// orphan sees to it that a peer that takes nothing does not keep for ever a
+// connection that nobody watches any more (RFC 5482).
+func (c *Conn) orphan() {
+	timeout := tcpip.TCPUserTimeoutOption(cmp.Or(c.orphanFor, orphanTime))
+	c.ep.SetSockOpt(&timeout)
+}
 
 func (c *Conn) setAddrs() {
 	if a, err := c.ep.GetLocalAddress(); err == nil {

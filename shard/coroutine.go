@@ -2,6 +2,7 @@ package shard
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"iter"
 	"net"
@@ -105,7 +106,7 @@ func (servedHandler) Close(c *Conn, err error) {
 // serve continues the handler if one of the events is what it waits for.
 func (co *ServedConn) serve(events waiter.EventMask) {
 	switch {
-	case co.c.closing:
+	case co.c.closing && !co.c.done:
 		co.c.finish(net.ErrClosed)
 	case co.waits == waitNothing, // not begun
 		co.waits == waitRead && (events&(waiter.ReadableEvents|waiter.EventErr|waiter.EventHUp) != 0 || co.due(co.readDeadline)),
@@ -307,7 +308,7 @@ func (co *ServedConn) Offload(f func()) {
 	co.task = func() {
 		defer func() {
 			if panicked = recover(); panicked != nil {
-				panicked = offloadPanic{panicked, debug.Stack()}
+				panicked = offloadPanicError{panicked, debug.Stack()}
 			}
 		}()
 		f()
@@ -321,14 +322,14 @@ func (co *ServedConn) Offload(f func()) {
 	}
 }
 
-// offloadPanic is a panic of offloaded work, with the stack it happened on.
-type offloadPanic struct {
+// offloadPanicError is a panic of offloaded work, with the stack it happened on.
+type offloadPanicError struct {
 	value any
 	stack []byte
 }
 
-func (p offloadPanic) Error() string {
-	return errors.New("offloaded work panicked").Error() + ": " + string(p.stack)
+func (p offloadPanicError) Error() string {
+	return fmt.Sprintf("offloaded work panicked: %v\n%s", p.value, p.stack)
 }
 
 // LocalAddr implements net.Conn.

@@ -2,66 +2,71 @@ package shard
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
-// deadline is a point in time that goroutines can wait for and that may be
-// moved while they do.
+// deadline is a point in time that may be moved while goroutines wait for it.
+// When it comes, and when it is moved into the past, its hint is given. Any
+// goroutine may call its methods.
 type deadline struct {
-	mu      sync.Mutex
-	timer   *time.Timer
-	expired chan struct{} // closed when the time has come
-}
+	hint  *hint
+	isOut atomic.Bool // the time has come
 
-func newDeadline() deadline { return deadline{expired: make(chan struct{})} }
+	mu    sync.Mutex
+	at    time.Time   // guarded by mu; zero: never
+	timer *time.Timer // guarded by mu; made when first needed
+}
 
 // set moves the deadline to t; the zero time means never.
 func (d *deadline) set(t time.Time) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.timer != nil && !d.timer.Stop() {
-		<-d.expired // its function has begun: let it end
-	}
-	d.timer = nil
-
-	isExpired := false
-	select {
-	case <-d.expired:
-		isExpired = true
-	default:
-	}
+	d.at = t
 	if t.IsZero() {
-		if isExpired {
-			d.expired = make(chan struct{})
+		d.isOut.Store(false)
+		if d.timer != nil {
+			d.timer.Stop()
 		}
 		return
 	}
-	if wait := time.Until(t); wait > 0 { //nolint:forbidigo // the application's time, not the turn's
-		if isExpired {
-			d.expired = make(chan struct{})
-		}
-		expired := d.expired
-		d.timer = time.AfterFunc(wait, func() { close(expired) })
-		return
-	}
-	if !isExpired {
-		close(d.expired)
+	wait := time.Until(t) //nolint:forbidigo // the application's time, not the turn's
+	switch {
+	case wait <= 0:
+		d.pass()
+	case d.timer == nil:
+		d.isOut.Store(false)
+		d.timer = time.AfterFunc(wait, d.fire)
+	default:
+		d.isOut.Store(false)
+		d.timer.Reset(wait)
 	}
 }
 
-// wait returns a channel that is closed when the deadline has passed.
-func (d *deadline) wait() <-chan struct{} {
+// fire is the timer's function. The deadline may have been moved after it
+// began, so it looks at the clock.
+func (d *deadline) fire() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.expired
-}
-
-// passed reports whether the deadline has passed.
-func (d *deadline) passed() bool {
-	select {
-	case <-d.wait():
-		return true
-	default:
-		return false
+	if !d.at.IsZero() && time.Until(d.at) <= 0 { //nolint:forbidigo // as in set
+		d.pass()
 	}
 }
+
+func (d *deadline) pass() {
+	d.isOut.Store(true)
+	d.hint.give()
+}
+
+// stop ends the timer. The deadline is not used any more.
+func (d *deadline) stop() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.at = time.Time{}
+	if d.timer != nil {
+		d.timer.Stop()
+	}
+}
+
+// passed reports whether the time has come.
+func (d *deadline) passed() bool { return d.isOut.Load() }

@@ -1,6 +1,7 @@
 package shard
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -58,15 +59,41 @@ func errno(err tcpip.Error) error {
 	}
 }
 
-// opError gives err the shape that package net's connections give theirs.
+// opError gives err the shape that package net's connections give theirs. A
+// nil error and io.EOF stay what they are.
 func opError(op, network string, source, addr netip.AddrPort, err error) error {
 	if err == nil || errors.Is(err, io.EOF) {
 		return err
 	}
 	if e, ok := err.(syscall.Errno); ok { // only a bare one is wrapped
-		err = os.NewSyscallError(op, e)
+		err = os.NewSyscallError(systemCall(op, network), e)
 	}
 	return &net.OpError{Op: op, Net: network, Source: netAddr(network, source), Addr: netAddr(network, addr), Err: err}
+}
+
+// systemCall returns the call that reports an operation's errors on a kernel's
+// socket.
+func systemCall(op, network string) string {
+	switch {
+	case op == "dial":
+		return "connect"
+	case op == "listen":
+		return "bind"
+	case op == "set":
+		return "setsockopt"
+	case op == "close":
+		return "shutdown" // close itself does not fail
+	case op == "readfrom":
+		return "write"
+	case op == "writeto":
+		return "read"
+	case network[0] == 'u' && op == "read":
+		return "recvfrom"
+	case network[0] == 'u' && op == "write":
+		return "sendto"
+	default:
+		return op
+	}
 }
 
 func netAddr(network string, a netip.AddrPort) net.Addr {
@@ -78,4 +105,35 @@ func netAddr(network string, a netip.AddrPort) net.Addr {
 	default:
 		return net.TCPAddrFromAddrPort(a)
 	}
+}
+
+// ContextError translates the error of a context that has ended into the one
+// that net.Dialer gives: it matches the context's, and a timeout is a net.Error
+// and matches os.ErrDeadlineExceeded too.
+func ContextError(err error) error {
+	switch {
+	case errors.Is(err, context.Canceled):
+		return canceledError{}
+	case errors.Is(err, context.DeadlineExceeded):
+		return timeoutError{}
+	default:
+		return err
+	}
+}
+
+// canceledError says that a context was canceled before an operation was done.
+type canceledError struct{}
+
+func (canceledError) Error() string        { return "operation was canceled" }
+func (canceledError) Is(target error) bool { return target == context.Canceled }
+
+// timeoutError says that a context's deadline has passed. It implements
+// net.Error.
+type timeoutError struct{}
+
+func (timeoutError) Error() string   { return "i/o timeout" }
+func (timeoutError) Timeout() bool   { return true }
+func (timeoutError) Temporary() bool { return true }
+func (timeoutError) Is(target error) bool {
+	return target == context.DeadlineExceeded || target == os.ErrDeadlineExceeded
 }

@@ -3,6 +3,7 @@ package shard
 import (
 	"fmt"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/buffer"
@@ -44,6 +45,8 @@ type Group struct {
 	listeners map[*listenerPart]struct{}
 	sockets   map[*Socket]struct{}
 	frames    uint64 // delivered
+
+	load atomic.Int32 // connections, and dials on their way; the owner and Dial write, Dial reads
 }
 
 func newGroup(id int, s *Shard, start time.Time) (*Group, error) {

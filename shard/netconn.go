@@ -1,7 +1,7 @@
 package shard
 
 import (
-	"context"
+	"cmp"
 	"errors"
 	"io"
 	"net"
@@ -15,13 +15,15 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 )
 
-// netRing is the size in bytes of each of a NetConn's two buffers.
+// netRing is how many bytes wait in each of a NetConn's two rings at most.
 const netRing = 256 << 10
 
-// NetConn is a TCP connection for any goroutine. Its endpoint is touched by
-// its shard alone: bytes pass through two rings, and a goroutine that put
-// something into one, or made room in the other, posts the connection to the
-// shard, once until the shard has looked.
+// NetConn is a TCP connection for any goroutine, with the behavior of a
+// *net.TCPConn. Its endpoint is touched by its shard alone: bytes pass through
+// two rings, and a goroutine that put something into one, or made room in the
+// other, posts the connection to the shard, once until the shard has looked.
+//
+// All methods may be called by any goroutine but a shard's, several at a time.
 type NetConn struct {
 	c  *Conn                 // owned by the shard
 	sh atomic.Pointer[Shard] // the shard that owns c; written by it
@@ -33,35 +35,303 @@ type NetConn struct {
 
 	readMu, writeMu             sync.Mutex
 	readDeadline, writeDeadline deadline
-	readable, writable          chan struct{} // capacity 1: a hint to look again
-	readWaits, writeWaits       atomic.Bool   // somebody waits for the hint
+	readable, writable          hint
 
-	posted      atomic.Bool   // in the shard's mailbox
-	starved     atomic.Bool   // the shard waits for room in in
-	closed      atomic.Bool   // Close was called
-	closeWrite  atomic.Bool   // CloseWrite was called
-	aborting    atomic.Bool   // reset instead of a goodbye
-	finSent     bool          // owned by the shard
-	established chan error    // how a dial ended; nil for an accepted connection
-	readEnd     chan struct{} // closed when in gets nothing more, for readErr
-	ended       chan struct{} // closed when out takes nothing more, for writeErr
-	readErr     error         // set by the shard before it closes readEnd
-	writeErr    error         // set by the shard before it closes ended
+	posted      atomic.Bool  // in the shard's mailbox
+	starved     atomic.Bool  // the shard waits for room in in
+	closed      atomic.Bool  // Close was called
+	closedRead  atomic.Bool  // CloseRead was called
+	closedWrite atomic.Bool  // CloseWrite was called
+	linger      atomic.Int64 // seconds; see SetLinger
+	finSent     bool         // owned by the shard
+	farewell    bool         // owned by the shard: it knows of Close
+	established chan error   // how a dial ended; nil for an accepted connection
+
+	// Written by the shard, once; the flags say that the errors may be read.
+	readErr, writeErr     error
+	readEnded, writeEnded atomic.Bool // in gets, out takes nothing more
 }
 
 var (
-	_ net.Conn   = (*NetConn)(nil)
-	_ Handler    = (*netHandler)(nil)
-	_ HalfCloser = (*netHandler)(nil)
+	_ net.Conn      = (*NetConn)(nil)
+	_ io.ReaderFrom = (*NetConn)(nil)
+	_ io.WriterTo   = (*NetConn)(nil)
+	_ Handler       = (*netHandler)(nil)
+	_ HalfCloser    = (*netHandler)(nil)
 )
 
 func newNetConn() *NetConn {
-	return &NetConn{
-		in: byteRing{size: netRing}, out: byteRing{size: netRing},
-		readDeadline: newDeadline(), writeDeadline: newDeadline(),
-		readable: make(chan struct{}, 1), writable: make(chan struct{}, 1),
-		readEnd: make(chan struct{}), ended: make(chan struct{}),
+	n := &NetConn{readable: newHint(), writable: newHint()}
+	n.readDeadline.hint, n.writeDeadline.hint = &n.readable, &n.writable
+	n.in.limit.Store(netRing)
+	n.out.limit.Store(netRing)
+	n.linger.Store(-1)
+	return n
+}
+
+// Read implements net.Conn.
+func (n *NetConn) Read(b []byte) (int, error) {
+	n.readMu.Lock()
+	defer n.readMu.Unlock()
+	if len(b) == 0 {
+		return 0, n.opError("read", n.notReadable())
 	}
+	if _, err := n.next(); err != nil {
+		return 0, n.opError("read", err)
+	}
+	got := n.in.read(b)
+	n.madeRoom()
+	return got, nil
+}
+
+// WriteTo implements io.WriterTo: w gets what has arrived as it lies in the
+// ring, without a copy in between. Read waits while w writes.
+func (n *NetConn) WriteTo(w io.Writer) (int64, error) {
+	n.readMu.Lock()
+	defer n.readMu.Unlock()
+	total := int64(0)
+	for {
+		view, err := n.next()
+		if err == io.EOF { // next returns it bare
+			return total, nil
+		}
+		if err != nil {
+			return total, n.opError("writeto", err)
+		}
+		wrote, err := w.Write(view)
+		if wrote < 0 || wrote > len(view) {
+			return total, n.opError("writeto", errors.New("invalid write result"))
+		}
+		n.in.skip(wrote)
+		n.madeRoom()
+		total += int64(wrote)
+		if err == nil && wrote < len(view) {
+			err = io.ErrShortWrite
+		}
+		if err != nil {
+			return total, n.opError("writeto", err)
+		}
+	}
+}
+
+// next waits for received bytes and returns those that lie in one piece, or
+// why there are none. The caller holds readMu.
+func (n *NetConn) next() ([]byte, error) {
+	for {
+		// Bytes that are there win over the end, but not over Close and the
+		// deadline, as in package net.
+		if err := n.notReadable(); err != nil {
+			return nil, err
+		}
+		ended := n.readEnded.Load() // before the look: nothing comes after it
+		if view := n.in.peek(); len(view) > 0 {
+			return view, nil
+		}
+		switch {
+		case n.closedRead.Load():
+			return nil, io.EOF
+		case ended:
+			return nil, n.readErr
+		}
+		n.in.release()
+		n.readable.expect()
+		if n.in.len() > 0 || n.readEnded.Load() || n.closedRead.Load() || n.notReadable() != nil {
+			n.readable.cancel()
+			continue
+		}
+		n.readable.wait()
+	}
+}
+
+// notReadable returns why reading may not even begin, or nil.
+func (n *NetConn) notReadable() error {
+	switch {
+	case n.closed.Load():
+		return net.ErrClosed
+	case n.readDeadline.passed():
+		return os.ErrDeadlineExceeded
+	default:
+		return nil
+	}
+}
+
+// madeRoom tells a shard that waits for it.
+func (n *NetConn) madeRoom() {
+	if n.starved.Load() && n.in.len() <= int(n.in.limit.Load())/2 {
+		n.starved.Store(false)
+		n.kick()
+	}
+}
+
+// Write implements net.Conn. It returns when everything is in the ring to the
+// shard.
+func (n *NetConn) Write(b []byte) (int, error) {
+	n.writeMu.Lock()
+	defer n.writeMu.Unlock()
+	done := 0
+	for {
+		if err := n.notWritable(); err != nil {
+			return done, n.opError("write", err)
+		}
+		if took := n.out.write(b[done:]); took > 0 {
+			done += took
+			n.kick()
+		}
+		if done == len(b) {
+			return done, nil
+		}
+		n.awaitRoom(1)
+	}
+}
+
+// ReadFrom implements io.ReaderFrom: r reads into memory that becomes part of
+// the ring when it is at least half full. Nothing is locked while r reads.
+func (n *NetConn) ReadFrom(r io.Reader) (int64, error) {
+	if err := n.notWritable(); err != nil {
+		return 0, n.opError("readfrom", err)
+	}
+	total := int64(0)
+	piece := newBlock(largeBlock)
+	for {
+		got, err := r.Read(piece.b)
+		switch {
+		case got >= largeBlock/2:
+			piece.end = got
+			if err := n.writeBlock(piece); err != nil {
+				return total, n.opError("readfrom", err)
+			}
+			total += int64(got)
+			piece = newBlock(largeBlock)
+		case got > 0:
+			wrote, err := n.Write(piece.b[:got])
+			total += int64(wrote)
+			if err != nil {
+				return total, err
+			}
+		}
+		if err != nil {
+			piece.free()
+			if err == io.EOF { // as io.Copy sees it
+				return total, nil
+			}
+			return total, n.opError("readfrom", err)
+		}
+	}
+}
+
+// writeBlock waits until the ring has room for b and gives it away.
+func (n *NetConn) writeBlock(b *block) error {
+	n.writeMu.Lock()
+	defer n.writeMu.Unlock()
+	for {
+		if err := n.notWritable(); err != nil {
+			return err
+		}
+		// In a ring that was made smaller than the block it takes all of it.
+		room := min(b.end, int(n.out.limit.Load()))
+		if n.out.free() >= room {
+			n.out.append(b)
+			n.kick()
+			return nil
+		}
+		n.awaitRoom(room)
+	}
+}
+
+// awaitRoom waits until room bytes fit, or something else is new. The caller
+// holds writeMu.
+func (n *NetConn) awaitRoom(room int) {
+	n.writable.expect()
+	if n.out.free() >= room || n.notWritable() != nil {
+		n.writable.cancel()
+		return
+	}
+	n.writable.wait()
+}
+
+// notWritable returns why nothing can be written, or nil.
+func (n *NetConn) notWritable() error {
+	switch {
+	case n.closed.Load():
+		return net.ErrClosed
+	case n.writeDeadline.passed():
+		return os.ErrDeadlineExceeded
+	case n.writeEnded.Load():
+		return n.writeErr
+	case n.closedWrite.Load():
+		return syscall.EPIPE
+	default:
+		return nil
+	}
+}
+
+// Close implements net.Conn. It returns at once; what was written is still
+// sent, as SetLinger says, unless the peer takes nothing for a minute.
+func (n *NetConn) Close() error {
+	if !n.closed.CompareAndSwap(false, true) {
+		return n.opError("close", net.ErrClosed)
+	}
+	n.readable.give()
+	n.writable.give()
+	n.readDeadline.stop()
+	n.writeDeadline.stop()
+	n.kick()
+	return nil
+}
+
+// CloseRead ends reading: what has arrived can be read, then comes io.EOF. What
+// the peer sends later is acknowledged and thrown away.
+func (n *NetConn) CloseRead() error {
+	switch {
+	case n.closed.Load():
+		return n.opError("close", net.ErrClosed)
+	case n.readEnded.Load() && n.readErr != io.EOF:
+		return n.opError("close", syscall.ENOTCONN)
+	}
+	n.closedRead.Store(true)
+	n.readable.give()
+	n.kick()
+	return nil
+}
+
+// CloseWrite sends what was written and then a FIN; reading goes on.
+func (n *NetConn) CloseWrite() error {
+	switch {
+	case n.closed.Load():
+		return n.opError("close", net.ErrClosed)
+	case n.writeEnded.Load():
+		return n.opError("close", syscall.ENOTCONN)
+	}
+	n.closedWrite.Store(true)
+	n.writable.give()
+	n.kick()
+	return nil
+}
+
+// kick makes the shard look at the connection.
+func (n *NetConn) kick() {
+	if n.posted.CompareAndSwap(false, true) {
+		n.sh.Load().post(n)
+	}
+}
+
+// LocalAddr implements net.Conn.
+func (n *NetConn) LocalAddr() net.Addr { return net.TCPAddrFromAddrPort(n.local) }
+
+// RemoteAddr implements net.Conn.
+func (n *NetConn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(n.remote) }
+
+// Shard returns the shard that processes the connection's segments.
+func (n *NetConn) Shard() int { return n.sh.Load().id }
+
+// CPU returns the CPU that the shard's thread is pinned to.
+func (n *NetConn) CPU() int { return n.sh.Load().cpu }
+
+// NUMANode returns the NUMA node of that CPU.
+func (n *NetConn) NUMANode() int { return n.sh.Load().node }
+
+func (n *NetConn) opError(op string, err error) error {
+	return opError(op, "tcp", n.local, n.remote, err)
 }
 
 // netHandler is the on-shard half of all NetConns. Its accept gives a new one
@@ -80,6 +350,7 @@ func (h *netHandler) Open(c *Conn) {
 	n.c = c
 	n.local, n.remote = c.LocalAddr(), c.RemoteAddr()
 	n.sh.Store(c.g.shard)
+	c.patient = true
 	c.keepAlive()
 	if n.established != nil {
 		n.established <- nil
@@ -92,7 +363,7 @@ func (h *netHandler) Open(c *Conn) {
 // Data implements Handler.
 func (h *netHandler) Data(c *Conn, b []byte) int {
 	n := c.Context().(*NetConn)
-	if n.closed.Load() {
+	if n.closed.Load() || n.closedRead.Load() {
 		return len(b) // nobody reads it any more
 	}
 	took := n.in.write(b)
@@ -100,16 +371,17 @@ func (h *netHandler) Data(c *Conn, b []byte) int {
 		// Tell the reader that we wait, then look again: it may have made
 		// room just before.
 		n.starved.Store(true)
-		if n.in.free() > 0 {
-			took += n.in.write(b[took:])
-		}
+		took += n.in.write(b[took:])
 	}
-	n.hint(&n.readWaits, n.readable)
+	n.readable.give()
 	return took
 }
 
 // Writable implements Handler.
 func (h *netHandler) Writable(c *Conn) { c.Context().(*NetConn).drain() }
+
+// EOF implements HalfCloser.
+func (h *netHandler) EOF(c *Conn) { c.Context().(*NetConn).endReading(io.EOF) }
 
 // Close implements Handler.
 func (h *netHandler) Close(c *Conn, err error) {
@@ -121,28 +393,27 @@ func (h *netHandler) Close(c *Conn, err error) {
 		n.established <- err
 		return
 	}
-	if n.readErr == nil {
-		n.readErr = err
-		if err == nil {
-			n.readErr = io.EOF
-		}
-		close(n.readEnd)
-	}
 	if n.out.len() > 0 {
 		c.abort = true // a FIN would tell the peer that this was all
 	}
-	n.writeErr = err
-	if err == nil {
-		n.writeErr = syscall.EPIPE
-	}
-	close(n.ended)
+	n.endReading(cmp.Or(err, io.EOF))
+	n.endWriting(cmp.Or(err, error(syscall.EPIPE)))
 }
 
-// EOF implements HalfCloser.
-func (h *netHandler) EOF(c *Conn) {
-	n := c.Context().(*NetConn)
-	n.readErr = io.EOF
-	close(n.readEnd)
+func (n *NetConn) endReading(err error) {
+	if !n.readEnded.Load() {
+		n.readErr = err
+		n.readEnded.Store(true)
+		n.readable.give()
+	}
+}
+
+func (n *NetConn) endWriting(err error) {
+	if !n.writeEnded.Load() {
+		n.writeErr = err
+		n.writeEnded.Store(true)
+		n.writable.give()
+	}
 }
 
 // leave implements leaver.
@@ -153,19 +424,10 @@ func (h *netHandler) leave(c *Conn) {
 		return
 	}
 	n.closed.Store(true)
+	n.goodbye()
 	n.drain()
-	n.hint(&n.readWaits, n.readable)
-	n.hint(&n.writeWaits, n.writable)
-}
-
-// hint wakes a goroutine that waits.
-func (n *NetConn) hint(waits *atomic.Bool, ch chan struct{}) {
-	if waits.Load() {
-		select {
-		case ch <- struct{}{}:
-		default:
-		}
-	}
+	n.readable.give()
+	n.writable.give()
 }
 
 // run implements task: the shard looks at what goroutines did.
@@ -175,17 +437,34 @@ func (n *NetConn) run(*Shard) {
 	if c.done {
 		return
 	}
-	if n.aborting.Load() {
-		c.Abort()
-		return
+	if n.closed.Load() {
+		if n.linger.Load() == 0 {
+			c.Abort()
+			return
+		}
+		n.goodbye()
 	}
 	n.drain()
 	if c.done || c.closing {
 		return
 	}
-	if !n.starved.Load() || n.closed.Load() { // closed: there is nobody to wait for
+	if !n.starved.Load() || n.closed.Load() || n.closedRead.Load() { // closed: there is nobody to wait for
 		c.Resume()
 	}
+}
+
+// goodbye bounds how long a connection lasts that nobody looks at any more,
+// also while bytes wait in the ring.
+func (n *NetConn) goodbye() {
+	if n.farewell {
+		return
+	}
+	n.farewell = true
+	c := n.c
+	if seconds := n.linger.Load(); seconds > 0 {
+		c.orphanFor = time.Duration(seconds) * time.Second
+	}
+	c.orphan()
 }
 
 // drain moves bytes from the ring into the endpoint's send buffer, and says
@@ -200,7 +479,11 @@ func (n *NetConn) drain() {
 		}
 		took, err := c.Write(b)
 		if err != nil {
-			n.out.skip(n.out.len()) // nobody wants it any more
+			n.endWriting(err)
+			for len(b) > 0 { // nobody wants it any more
+				n.out.skip(len(b))
+				b = n.out.peek()
+			}
 			break
 		}
 		n.out.skip(took)
@@ -210,288 +493,34 @@ func (n *NetConn) drain() {
 		}
 	}
 	if moved > 0 {
-		n.hint(&n.writeWaits, n.writable)
+		n.writable.give()
 	}
 	if n.out.len() > 0 {
 		return
 	}
+	n.out.release()
 	switch {
 	case n.closed.Load():
 		c.Close()
-	case n.closeWrite.Load() && !n.finSent:
+	case n.closedWrite.Load() && !n.finSent:
 		n.finSent = true
 		_ = c.CloseWrite() // fails when the connection is over, and then needs none
 	}
 }
 
-// kick makes the shard look at the connection.
-func (n *NetConn) kick() {
-	if n.posted.CompareAndSwap(false, true) {
-		n.sh.Load().post(n)
-	}
-}
-
-// Read implements net.Conn.
-func (n *NetConn) Read(b []byte) (int, error) {
-	n.readMu.Lock()
-	defer n.readMu.Unlock()
-	for {
-		if n.closed.Load() {
-			return 0, n.opError("read", net.ErrClosed)
-		}
-		if n.readDeadline.passed() {
-			return 0, n.opError("read", os.ErrDeadlineExceeded)
-		}
-		if len(b) == 0 {
-			return 0, nil
-		}
-		if got := n.in.read(b); got > 0 {
-			if n.starved.Load() && n.in.len() <= netRing/2 {
-				n.starved.Store(false)
-				n.kick()
-			}
-			return got, nil
-		}
-		n.readWaits.Store(true)
-		if n.in.len() > 0 {
-			continue
-		}
-		select {
-		case <-n.readEnd:
-			if n.in.len() > 0 {
-				continue
-			}
-			if n.closed.Load() {
-				return 0, n.opError("read", net.ErrClosed)
-			}
-			return 0, n.opError("read", n.readErr)
-		default:
-		}
-		select {
-		case <-n.readable:
-		case <-n.readEnd:
-		case <-n.readDeadline.wait():
-		}
-		n.readWaits.Store(false)
-	}
-}
-
-// Write implements net.Conn.
-func (n *NetConn) Write(b []byte) (int, error) {
-	n.writeMu.Lock()
-	defer n.writeMu.Unlock()
-	done := 0
-	for {
-		switch {
-		case n.closed.Load():
-			return done, n.opError("write", net.ErrClosed)
-		case n.closeWrite.Load():
-			return done, n.opError("write", syscall.EPIPE)
-		case n.writeDeadline.passed():
-			return done, n.opError("write", os.ErrDeadlineExceeded)
-		}
-		select {
-		case <-n.ended:
-			return done, n.opError("write", n.writeErr)
-		default:
-		}
-		if took := n.out.write(b[done:]); took > 0 {
-			done += took
-			n.kick()
-		}
-		if done == len(b) {
-			return done, nil
-		}
-		n.writeWaits.Store(true)
-		if n.out.free() > 0 {
-			continue
-		}
-		select {
-		case <-n.writable:
-		case <-n.ended:
-		case <-n.writeDeadline.wait():
-		}
-		n.writeWaits.Store(false)
-	}
-}
-
-// Close implements net.Conn. What was written is still sent.
-func (n *NetConn) Close() error {
-	if !n.closed.CompareAndSwap(false, true) {
-		return n.opError("close", net.ErrClosed)
-	}
-	n.readDeadline.set(past)
-	n.writeDeadline.set(past)
-	n.kick()
-	return nil
-}
-
-// past is a deadline that has passed: it ends what waits.
-var past = time.Unix(1, 0)
-
-// CloseWrite sends what was written and then a FIN; reading goes on.
-func (n *NetConn) CloseWrite() error {
-	if n.closed.Load() {
-		return n.opError("close", net.ErrClosed)
-	}
-	n.closeWrite.Store(true)
-	n.kick()
-	return nil
-}
-
-// LocalAddr implements net.Conn.
-func (n *NetConn) LocalAddr() net.Addr { return net.TCPAddrFromAddrPort(n.local) }
-
-// RemoteAddr implements net.Conn.
-func (n *NetConn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(n.remote) }
-
-// SetDeadline implements net.Conn.
-func (n *NetConn) SetDeadline(t time.Time) error {
-	return errors.Join(n.SetReadDeadline(t), n.SetWriteDeadline(t))
-}
-
-// SetReadDeadline implements net.Conn.
-func (n *NetConn) SetReadDeadline(t time.Time) error {
-	if n.closed.Load() {
-		return n.opError("set", net.ErrClosed)
-	}
-	n.readDeadline.set(t)
-	return nil
-}
-
-// SetWriteDeadline implements net.Conn.
-func (n *NetConn) SetWriteDeadline(t time.Time) error {
-	if n.closed.Load() {
-		return n.opError("set", net.ErrClosed)
-	}
-	n.writeDeadline.set(t)
-	return nil
-}
-
-// Shard returns the shard that processes the connection's segments.
-func (n *NetConn) Shard() int { return n.sh.Load().id }
-
-// CPU returns the CPU that the shard's thread is pinned to.
-func (n *NetConn) CPU() int { return n.sh.Load().cpu }
-
-// NUMANode returns the NUMA node of that CPU.
-func (n *NetConn) NUMANode() int { return n.sh.Load().node }
-
-func (n *NetConn) opError(op string, err error) error {
-	return opError(op, "tcp", n.local, n.remote, err)
-}
-
-// DialNet opens a TCP connection for any goroutine and waits until the peer
-// has answered or ctx is done.
-func (set *Set) DialNet(ctx context.Context, local, remote netip.AddrPort) (*NetConn, error) {
-	n := newNetConn()
-	n.established = make(chan error, 1)
-	c, err := set.Dial(local, remote, &netHandler{}, n)
-	if err != nil {
-		return nil, opError("dial", "tcp", local, remote, err)
-	}
-	select {
-	case err := <-n.established:
-		if err != nil {
-			return nil, opError("dial", "tcp", local, remote, err)
-		}
-		return n, nil
-	case <-ctx.Done():
-		c.g.shard.do(func(*Shard) { c.Abort() })
-		err := ctx.Err()
-		if errors.Is(err, context.DeadlineExceeded) {
-			err = os.ErrDeadlineExceeded
-		}
-		return nil, opError("dial", "tcp", local, remote, err)
-	}
-}
-
 // Keep-alive as package net sets it for every connection (net.KeepAliveConfig).
-var (
-	keepAliveIdle     = tcpip.KeepaliveIdleOption(15 * time.Second)
-	keepAliveInterval = tcpip.KeepaliveIntervalOption(15 * time.Second)
+const (
+	keepAliveIdle     = 15 * time.Second
+	keepAliveInterval = 15 * time.Second
+	keepAliveCount    = 9
 )
-
-const keepAliveCount = 9
 
 // keepAlive makes a peer that has vanished known.
 func (c *Conn) keepAlive() {
-	// Neither option can fail on a TCP endpoint.
-	_ = c.ep.SetSockOpt(&keepAliveIdle)
-	_ = c.ep.SetSockOpt(&keepAliveInterval)
+	idle, interval := tcpip.KeepaliveIdleOption(keepAliveIdle), tcpip.KeepaliveIntervalOption(keepAliveInterval)
+	// None of them can fail on a TCP endpoint.
+	_ = c.ep.SetSockOpt(&idle)
+	_ = c.ep.SetSockOpt(&interval)
 	_ = c.ep.SetSockOptInt(tcpip.KeepaliveCountOption, keepAliveCount)
 	c.ep.SocketOptions().SetKeepAlive(true)
 }
-
-// NetListener is a net.Listener over all flow groups.
-type NetListener struct {
-	l       *Listener
-	backlog chan *NetConn
-	ended   chan struct{}
-	once    sync.Once
-}
-
-var _ net.Listener = (*NetListener)(nil)
-
-// ListenNet is Listen for any goroutine. Up to backlog connections wait for
-// Accept; the next ones are reset and counted.
-func (set *Set) ListenNet(addrs []netip.Addr, port uint16, backlog int) (*NetListener, error) {
-	n := &NetListener{backlog: make(chan *NetConn, backlog), ended: make(chan struct{})}
-	l, err := set.Listen(addrs, port, backlog, &netHandler{accept: func(c *NetConn) bool {
-		select {
-		case n.backlog <- c:
-			return true
-		default:
-			return false
-		}
-	}})
-	if err != nil {
-		return nil, err
-	}
-	n.l = l
-	return n, nil
-}
-
-// Accept implements net.Listener.
-func (l *NetListener) Accept() (net.Conn, error) {
-	select {
-	case <-l.ended:
-	case <-l.l.set.done:
-	default:
-		select {
-		case c := <-l.backlog:
-			return c, nil
-		case <-l.ended:
-		case <-l.l.set.done:
-		}
-	}
-	err := l.l.set.Err()
-	if err == nil {
-		err = net.ErrClosed
-	}
-	return nil, opError("accept", "tcp", netip.AddrPort{}, l.l.addr, err)
-}
-
-// Close implements net.Listener: connections that nobody has accepted are
-// reset.
-func (l *NetListener) Close() error {
-	err := opError("close", "tcp", netip.AddrPort{}, l.l.addr, net.ErrClosed)
-	l.once.Do(func() {
-		err = nil
-		close(l.ended)
-		l.l.Close()
-		for {
-			select {
-			case c := <-l.backlog:
-				c.aborting.Store(true)
-				_ = c.Close()
-			default:
-				return
-			}
-		}
-	})
-	return err
-}
-
-// Addr implements net.Listener.
-func (l *NetListener) Addr() net.Addr { return net.TCPAddrFromAddrPort(l.l.addr) }

@@ -18,7 +18,7 @@ import (
 )
 
 // netPair returns both ends of a connection between two running stacks.
-func netPair(t *testing.T, a, b *Set) (client, server net.Conn) {
+func netPair(t testing.TB, a, b *Set) (client, server *NetConn) {
 	t.Helper()
 	l, err := b.ListenNet([]netip.Addr{netip.IPv4Unspecified()}, 0, 16)
 	if err != nil {
@@ -32,11 +32,12 @@ func netPair(t *testing.T, a, b *Set) (client, server net.Conn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server, err = l.Accept()
+	accepted, err := l.Accept()
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { client.Close(); server.Close() })
+	server = accepted.(*NetConn)
+	t.Cleanup(func() { _ = client.Close(); _ = server.Close() })
 	return client, server
 }
 
@@ -46,11 +47,11 @@ func TestNetConnCarriesBytes(t *testing.T) {
 	sent := make([]byte, 8<<20)
 	rand.NewChaCha8([32]byte{}).Read(sent) //nolint:errcheck // never fails
 	var wg sync.WaitGroup
-	send := func(c net.Conn) {
+	send := func(c *NetConn) {
 		if n, err := c.Write(sent); n != len(sent) || err != nil {
 			t.Errorf("Write = %d, %v", n, err)
 		}
-		if err := c.(*NetConn).CloseWrite(); err != nil {
+		if err := c.CloseWrite(); err != nil {
 			t.Error(err)
 		}
 	}
@@ -61,7 +62,7 @@ func TestNetConnCarriesBytes(t *testing.T) {
 			t.Errorf("received %d bytes, %v; want %d, nil and the same content", n, err, len(sent))
 		}
 	}
-	for _, c := range []net.Conn{client, server} { // both directions at once
+	for _, c := range []*NetConn{client, server} { // both directions at once
 		wg.Go(func() { send(c) })
 		wg.Go(func() { receive(c) })
 	}
@@ -81,7 +82,7 @@ func TestNetConnCloseFlushes(t *testing.T) {
 	sent := bytes.Repeat([]byte("0123456789"), 100_000)
 	go func() {
 		_, _ = client.Write(sent)
-		client.Close()
+		_ = client.Close()
 	}()
 	got, err := io.ReadAll(server)
 	if err != nil || !bytes.Equal(got, sent) {
@@ -121,7 +122,7 @@ func TestNetConnErrors(t *testing.T) {
 		waiting <- err
 	}()
 	time.Sleep(10 * time.Millisecond) // the reader waits most of the time; either way it must end
-	client.Close()
+	_ = client.Close()
 	if err := <-waiting; !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Read while Close: %v, want net.ErrClosed", err)
 	}
@@ -150,8 +151,7 @@ func TestNetConnErrors(t *testing.T) {
 func TestNetConnReset(t *testing.T) {
 	a, b := startPair(t, nil)
 	client, server := netPair(t, a, b)
-	n := server.(*NetConn)
-	n.sh.Load().do(func(*Shard) { n.c.Abort() })
+	server.sh.Load().do(func(*Shard) { server.c.Abort() })
 	if _, err := client.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("Read after the peer's reset: %v, want ECONNRESET", err)
 	}
@@ -193,7 +193,7 @@ func TestCloseSaysGoodbye(t *testing.T) {
 			t.Errorf("%d connections open after Close", c.ConnsOpen)
 		}
 	}
-	client.Close()
+	_ = client.Close()
 	a.Close()
 	for range 100 {
 		if runtime.NumGoroutine() <= before {

@@ -18,9 +18,21 @@ const (
 	// make WriteTo wait on the way out.
 	packetBacklog = 1024
 
+	// dialedBacklog is packetBacklog for a port that talks to one peer: there
+	// may be many of them.
+	dialedBacklog = 128
+
+	// packetBuffer is how many bytes wait for ReadFrom, unless SetReadBuffer
+	// says otherwise.
+	packetBuffer = 2 << 20
+
 	// smallDatagram is the size in bytes of the buffers that are kept for
 	// re-use; larger datagrams get one of their own.
 	smallDatagram = 2048
+
+	// maxDatagramPayload is what fits into an IPv4 packet behind its header
+	// and UDP's.
+	maxDatagramPayload = 65535 - 20 - 8
 )
 
 // datagram is one on its way between a shard and a goroutine.
@@ -48,16 +60,22 @@ func (d *datagram) release() {
 
 // NetPacketConn is a UDP port for any goroutine. Datagrams pass through
 // bounded queues; the endpoints are touched by their shards alone.
+//
+// All methods may be called by any goroutine but a shard's, several at a time.
 type NetPacketConn struct {
 	set  *Set
 	l    *UDPListener // set before the first WriteTo
 	in   chan *datagram
 	outs []packetOut // by shard
 
-	readDeadline, writeDeadline deadline
+	inBytes, inLimit atomic.Int64 // waiting in in, and how many may
 
-	once   sync.Once
-	closed chan struct{}
+	readMu, writeMu             sync.Mutex // held while waiting
+	readDeadline, writeDeadline deadline
+	readable, writable          hint
+
+	fault  atomic.Pointer[error] // what became of an earlier datagram; told once
+	closed atomic.Bool
 }
 
 var _ net.PacketConn = (*NetPacketConn)(nil)
@@ -66,6 +84,46 @@ var _ net.PacketConn = (*NetPacketConn)(nil)
 type packetOut struct {
 	queue  chan *datagram
 	posted atomic.Bool
+}
+
+func (set *Set) newPacketConn(backlog int) *NetPacketConn {
+	p := &NetPacketConn{
+		set:      set,
+		in:       make(chan *datagram, backlog),
+		outs:     make([]packetOut, len(set.shards)),
+		readable: newHint(), writable: newHint(),
+	}
+	p.inLimit.Store(packetBuffer)
+	p.readDeadline.hint, p.writeDeadline.hint = &p.readable, &p.writable
+	for i := range p.outs {
+		p.outs[i].queue = make(chan *datagram, backlog)
+	}
+	return p
+}
+
+// ListenNetPacket is ListenUDP for any goroutine.
+func (set *Set) ListenNetPacket(addrs []netip.Addr, port uint16) (*NetPacketConn, error) {
+	p := set.newPacketConn(packetBacklog)
+	var err error
+	if p.l, err = set.ListenUDP(addrs, port, p.arrived); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// arrived is the DatagramHandler of all sockets.
+func (p *NetPacketConn) arrived(s *Socket, b []byte, from netip.AddrPort) {
+	if p.inBytes.Add(int64(len(b))) <= p.inLimit.Load() {
+		d := newDatagram(b, from)
+		select {
+		case p.in <- d:
+			return
+		default:
+			d.release()
+		}
+	}
+	p.inBytes.Add(-int64(len(b)))
+	s.g.shard.counters.DatagramsDropped++
 }
 
 // run implements task: the shard sends what waits.
@@ -77,6 +135,9 @@ func (o *packetOut) run(s *Shard) {
 			if !d.from.closed {
 				if _, err := d.from.WriteTo(d.b, d.peer); err != nil {
 					s.counters.DatagramsDropped++ // as UDP may
+					if d.from.failed != nil {
+						d.from.failed(err)
+					}
 				}
 			}
 			d.release()
@@ -91,34 +152,6 @@ func (o *packetOut) run(s *Shard) {
 	}
 }
 
-// ListenNetPacket is ListenUDP for any goroutine.
-func (set *Set) ListenNetPacket(addrs []netip.Addr, port uint16) (*NetPacketConn, error) {
-	p := &NetPacketConn{
-		set:          set,
-		in:           make(chan *datagram, packetBacklog),
-		outs:         make([]packetOut, len(set.shards)),
-		readDeadline: newDeadline(), writeDeadline: newDeadline(),
-		closed: make(chan struct{}),
-	}
-	for i := range p.outs {
-		p.outs[i].queue = make(chan *datagram, packetBacklog)
-	}
-	var err error
-	p.l, err = set.ListenUDP(addrs, port, func(s *Socket, b []byte, from netip.AddrPort) {
-		d := newDatagram(b, from)
-		select {
-		case p.in <- d:
-		default:
-			d.release()
-			s.g.shard.counters.DatagramsDropped++
-		}
-	})
-	if err != nil {
-		return nil, err
-	}
-	return p, nil
-}
-
 // ReadFrom implements net.PacketConn. What does not fit into b is lost.
 func (p *NetPacketConn) ReadFrom(b []byte) (int, net.Addr, error) {
 	n, from, err := p.ReadFromAddrPort(b)
@@ -128,66 +161,89 @@ func (p *NetPacketConn) ReadFrom(b []byte) (int, net.Addr, error) {
 	return n, net.UDPAddrFromAddrPort(from), nil
 }
 
+// ReadFromUDP is ReadFrom with a typed address.
+func (p *NetPacketConn) ReadFromUDP(b []byte) (int, *net.UDPAddr, error) {
+	n, from, err := p.ReadFromAddrPort(b)
+	if err != nil {
+		return n, nil, err
+	}
+	return n, net.UDPAddrFromAddrPort(from), nil
+}
+
 // ReadFromAddrPort is ReadFrom without an allocation for the address.
 func (p *NetPacketConn) ReadFromAddrPort(b []byte) (int, netip.AddrPort, error) {
-	if err := p.over(); err != nil {
-		return 0, netip.AddrPort{}, p.opError("read", err)
+	n, from, err := p.receive(b)
+	return n, from, p.opError("read", netip.AddrPort{}, err)
+}
+
+// receive waits for a datagram and copies it to b.
+func (p *NetPacketConn) receive(b []byte) (int, netip.AddrPort, error) {
+	p.readMu.Lock()
+	defer p.readMu.Unlock()
+	for {
+		p.readable.expect()
+		if err := p.obstacle(&p.readDeadline); err != nil {
+			p.readable.cancel()
+			return 0, netip.AddrPort{}, err
+		}
+		select {
+		case d := <-p.in:
+			p.readable.cancel()
+			return p.take(d, b)
+		case <-p.readable.ch:
+		case <-p.set.done:
+		}
 	}
-	if p.readDeadline.passed() {
-		return 0, netip.AddrPort{}, p.opError("read", os.ErrDeadlineExceeded)
-	}
-	select {
-	case d := <-p.in:
-		n, from := copy(b, d.b), d.peer
-		d.release()
-		return n, from, nil
-	case <-p.closed:
-		return 0, netip.AddrPort{}, p.opError("read", net.ErrClosed)
-	case <-p.set.done:
-		return 0, netip.AddrPort{}, p.opError("read", p.over())
-	case <-p.readDeadline.wait():
-		return 0, netip.AddrPort{}, p.opError("read", os.ErrDeadlineExceeded)
-	}
+}
+
+func (p *NetPacketConn) take(d *datagram, b []byte) (int, netip.AddrPort, error) {
+	n, from := copy(b, d.b), d.peer
+	p.inBytes.Add(-int64(len(d.b)))
+	d.release()
+	return n, from, nil
 }
 
 // WriteTo implements net.PacketConn. It waits while the queue to the shard
 // that sends the datagram is full.
 func (p *NetPacketConn) WriteTo(b []byte, to net.Addr) (int, error) {
 	addr, ok := to.(*net.UDPAddr)
-	if !ok || addr == nil {
-		return 0, p.opError("write", syscall.EINVAL)
+	if !ok && to != nil {
+		return 0, &net.OpError{Op: "write", Net: "udp", Source: p.LocalAddr(), Addr: to, Err: syscall.EINVAL}
 	}
-	return p.WriteToAddrPort(b, addr.AddrPort())
+	return p.WriteToUDP(b, addr)
+}
+
+// WriteToUDP is WriteTo with a typed address.
+func (p *NetPacketConn) WriteToUDP(b []byte, to *net.UDPAddr) (int, error) {
+	if to == nil {
+		return 0, &net.OpError{Op: "write", Net: "udp", Source: p.LocalAddr(), Err: syscall.EINVAL}
+	}
+	return p.WriteToAddrPort(b, to.AddrPort())
 }
 
 // WriteToAddrPort is WriteTo without an allocation for the address.
 func (p *NetPacketConn) WriteToAddrPort(b []byte, to netip.AddrPort) (int, error) {
-	const maxPayload = 65535 - 8 - 20 // UDP and IPv4 header
-	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
+	to = netip.AddrPortFrom(to.Addr().Unmap().WithZone(""), to.Port())
+	if err := p.send(b, to); err != nil {
+		return 0, p.opError("write", to, err)
+	}
+	return len(b), nil
+}
+
+// send queues a datagram for the shard that the peer's answer hashes to.
+func (p *NetPacketConn) send(b []byte, to netip.AddrPort) error {
+	if err := p.obstacle(&p.writeDeadline); err != nil {
+		return err
+	}
 	switch {
-	case p.over() != nil:
-		return 0, p.opError("write", p.over())
-	case p.writeDeadline.passed():
-		return 0, p.opError("write", os.ErrDeadlineExceeded)
-	case len(b) > maxPayload:
-		return 0, p.opError("write", syscall.EMSGSIZE)
-	case !to.IsValid() || to.Addr().IsUnspecified():
-		return 0, p.opError("write", syscall.EINVAL)
+	case len(b) > maxDatagramPayload:
+		return syscall.EMSGSIZE
+	case !to.IsValid() || to.Addr().IsUnspecified() || to.Port() == 0:
+		return syscall.EINVAL
 	}
-	local, ok := p.source(to.Addr())
-	if !ok {
-		return 0, p.opError("write", syscall.ENETUNREACH)
-	}
-	// The group that the peer's answer hashes into sends.
-	group := p.set.groupOf(netip.AddrPortFrom(local, p.l.addr.Port()), to)
-	var from *Socket
-	for _, s := range p.l.sockets[group] {
-		if s.local.Addr() == local {
-			from = s
-		}
-	}
+	from, group := p.route(to)
 	if from == nil {
-		return 0, p.opError("write", syscall.ENETUNREACH) // the port is not open at the address the peer is reached from
+		return syscall.ENETUNREACH
 	}
 	d := newDatagram(b, to)
 	d.from = from
@@ -196,37 +252,72 @@ func (p *NetPacketConn) WriteToAddrPort(b []byte, to netip.AddrPort) (int, error
 	select {
 	case out.queue <- d:
 	default:
-		select {
-		case out.queue <- d:
-		case <-p.closed:
-			return 0, p.opError("write", net.ErrClosed)
-		case <-p.set.done:
-			return 0, p.opError("write", p.over())
-		case <-p.writeDeadline.wait():
-			return 0, p.opError("write", os.ErrDeadlineExceeded)
+		if err := p.sendLater(out, d); err != nil {
+			d.release()
+			return err
 		}
 	}
 	if out.posted.CompareAndSwap(false, true) && !p.set.shards[shard].post(out) {
 		out.posted.Store(false)
-		return 0, p.opError("write", net.ErrClosed)
-	}
-	return len(b), nil
-}
-
-// source returns the local address for datagrams to a peer: the only one that
-// the port is bound to, or what the stack would choose.
-func (p *NetPacketConn) source(to netip.Addr) (netip.Addr, bool) {
-	if a := p.l.addr.Addr(); !a.IsUnspecified() {
-		return a, a.Is4() == to.Is4()
-	}
-	return p.set.source(to)
-}
-
-// over returns why the port can no longer be used, or nil.
-func (p *NetPacketConn) over() error {
-	select {
-	case <-p.closed:
 		return net.ErrClosed
+	}
+	return nil
+}
+
+// sendLater waits for room in the queue.
+func (p *NetPacketConn) sendLater(out *packetOut, d *datagram) error {
+	p.writeMu.Lock()
+	defer p.writeMu.Unlock()
+	for {
+		p.writable.expect()
+		if err := p.obstacle(&p.writeDeadline); err != nil {
+			p.writable.cancel()
+			return err
+		}
+		select {
+		case out.queue <- d:
+			p.writable.cancel()
+			return nil
+		case <-p.writable.ch:
+		case <-p.set.done:
+		}
+	}
+}
+
+// route returns the socket from which datagrams to a peer leave, and its
+// group; nil when the port is not open at the address the peer is reached from.
+func (p *NetPacketConn) route(to netip.AddrPort) (*Socket, int) {
+	local := p.l.addr.Addr()
+	if local.IsUnspecified() {
+		var ok bool
+		if local, ok = p.set.source(to.Addr()); !ok {
+			return nil, 0
+		}
+	} else if local.Is4() != to.Addr().Is4() {
+		return nil, 0
+	}
+	group := p.set.groupOf(netip.AddrPortFrom(local, p.l.addr.Port()), to)
+	for _, s := range p.l.sockets[group] {
+		if s.local.Addr() == local {
+			return s, group
+		}
+	}
+	return nil, 0
+}
+
+// obstacle returns why an operation may not begin or go on, or nil.
+func (p *NetPacketConn) obstacle(d *deadline) error {
+	switch {
+	case p.closed.Load():
+		return net.ErrClosed
+	case d.passed():
+		return os.ErrDeadlineExceeded
+	case p.fault.Load() != nil:
+		if fault := p.fault.Swap(nil); fault != nil {
+			return *fault
+		}
+	}
+	select {
 	case <-p.set.done:
 		return cmp.Or(p.set.Err(), net.ErrClosed)
 	default:
@@ -236,13 +327,15 @@ func (p *NetPacketConn) over() error {
 
 // Close implements net.PacketConn. Datagrams that wait to be sent may be lost.
 func (p *NetPacketConn) Close() error {
-	err := p.opError("close", net.ErrClosed)
-	p.once.Do(func() {
-		err = nil
-		close(p.closed)
-		p.l.Close()
-	})
-	return err
+	if !p.closed.CompareAndSwap(false, true) {
+		return p.opError("close", netip.AddrPort{}, net.ErrClosed)
+	}
+	p.readable.give()
+	p.writable.give()
+	p.readDeadline.stop()
+	p.writeDeadline.stop()
+	p.l.Close()
+	return nil
 }
 
 // LocalAddr implements net.PacketConn.
@@ -250,71 +343,58 @@ func (p *NetPacketConn) LocalAddr() net.Addr { return net.UDPAddrFromAddrPort(p.
 
 // SetDeadline implements net.PacketConn.
 func (p *NetPacketConn) SetDeadline(t time.Time) error {
-	p.readDeadline.set(t)
-	p.writeDeadline.set(t)
-	return nil
+	return errors.Join(p.SetReadDeadline(t), p.SetWriteDeadline(t))
 }
 
 // SetReadDeadline implements net.PacketConn.
 func (p *NetPacketConn) SetReadDeadline(t time.Time) error {
+	if p.closed.Load() {
+		return p.setError(net.ErrClosed)
+	}
 	p.readDeadline.set(t)
 	return nil
 }
 
 // SetWriteDeadline implements net.PacketConn.
 func (p *NetPacketConn) SetWriteDeadline(t time.Time) error {
+	if p.closed.Load() {
+		return p.setError(net.ErrClosed)
+	}
 	p.writeDeadline.set(t)
 	return nil
 }
 
-func (p *NetPacketConn) opError(op string, err error) error {
-	return opError(op, "udp", p.l.addr, netip.AddrPort{}, err)
-}
-
-// NetPacketDialed is a NetPacketConn that talks to one peer only.
-type NetPacketDialed struct {
-	*NetPacketConn
-	peer netip.AddrPort
-}
-
-var _ net.Conn = (*NetPacketDialed)(nil)
-
-// dialPacketTries is how many ports DialNetPacket tries: the port is chosen by
-// one group, and another may have given it away.
-const dialPacketTries = 16
-
-// DialNetPacket opens a UDP port that talks to remote. It may be called from
-// any goroutine but a shard's.
-func (set *Set) DialNetPacket(remote netip.AddrPort) (*NetPacketDialed, error) {
-	source, ok := set.source(remote.Addr())
-	if !ok {
-		return nil, opError("dial", "udp", netip.AddrPort{}, remote, syscall.ENETUNREACH)
+// SetReadBuffer sets how many bytes wait for ReadFrom before further datagrams
+// are dropped and counted; 2 MiB is the default. The number of datagrams has a
+// limit of its own: 1024, or 128 with one peer.
+func (p *NetPacketConn) SetReadBuffer(bytes int) error {
+	switch {
+	case p.closed.Load():
+		return p.setError(net.ErrClosed)
+	case bytes <= 0:
+		return p.setError(syscall.EINVAL)
 	}
-	var err error
-	for range dialPacketTries {
-		var p *NetPacketConn
-		if p, err = set.ListenNetPacket([]netip.Addr{source}, 0); err == nil {
-			return &NetPacketDialed{NetPacketConn: p, peer: remote}, nil
-		}
-		if !errors.Is(err, syscall.EADDRINUSE) {
-			break
-		}
-	}
-	return nil, err
+	p.inLimit.Store(int64(max(bytes, smallDatagram)))
+	return nil
 }
 
-// Read implements net.Conn. Datagrams of others are thrown away.
-func (p *NetPacketDialed) Read(b []byte) (int, error) {
-	for {
-		n, from, err := p.ReadFromAddrPort(b)
-		if err != nil || from == p.peer {
-			return n, err
-		}
+// SetWriteBuffer is there for programs that want to set it; it has no effect.
+// Per shard as many datagrams wait as SetReadBuffer says, then WriteTo does.
+func (p *NetPacketConn) SetWriteBuffer(bytes int) error {
+	switch {
+	case p.closed.Load():
+		return p.setError(net.ErrClosed)
+	case bytes <= 0:
+		return p.setError(syscall.EINVAL)
+	default:
+		return nil
 	}
 }
 
-// Write implements net.Conn.
-func (p *NetPacketDialed) Write(b []byte) (int, error) { return p.WriteToAddrPort(b, p.peer) }
+func (p *NetPacketConn) opError(op string, to netip.AddrPort, err error) error {
+	return opError(op, "udp", p.l.addr, to, err)
+}
 
-// RemoteAddr implements net.Conn.
-func (p *NetPacketDialed) RemoteAddr() net.Addr { return net.UDPAddrFromAddrPort(p.peer) }
+func (p *NetPacketConn) setError(err error) error {
+	return opError("set", "udp", netip.AddrPort{}, p.l.addr, err)
+}

@@ -187,3 +187,5 @@ func echoHandler() *testHandler {
 		return n
 	}}
 }
+
+func gettid() int { return unix.Gettid() }

@@ -48,6 +48,7 @@ type Config struct {
 
 	RxBuffers      int           // receive buffers per shard
 	MaxConns       int           // connections per shard
+	HandlerLimit   time.Duration // a handler that takes longer is reported; 0: none is
 	OffloadThreads int           // for handlers of Serve, per NUMA node
 	Drain          time.Duration // how long Close lets connections say goodbye
 	Logger         *slog.Logger
@@ -75,7 +76,8 @@ type Set struct {
 
 	dials atomic.Uint32 // spreads dials over groups
 
-	pools map[int]*offloadPool // by NUMA node; immutable after New
+	pools    map[int]*offloadPool // by NUMA node; immutable after New
+	watchdog *watchdog            // nil: off
 
 	listenMu  sync.Mutex
 	listeners map[*Listener]struct{} // guarded by listenMu
@@ -101,6 +103,9 @@ func New(cfg Config) (*Set, error) {
 	}
 	set.startPools()
 	close(set.begin)
+	if cfg.HandlerLimit > 0 {
+		set.watchdog = startWatchdog(set, cfg.HandlerLimit)
+	}
 	return set, nil
 }
 
@@ -259,6 +264,9 @@ func (s *Shard) lose() {
 // waits also for a Close that another goroutine has begun.
 func (set *Set) Close() {
 	set.stop.Do(func() {
+		if set.watchdog != nil {
+			set.watchdog.close()
+		}
 		for _, s := range set.shards {
 			s.do((*Shard).farewell)
 		}

@@ -24,10 +24,11 @@ type Shard struct {
 	spin          int64 // nanoseconds
 
 	// Any thread.
-	_      [64]byte // keeps other threads' writes away from the loop's fields
-	mail   mailbox
-	parked atomic.Bool // true only while the thread waits, or is about to
-	_      [64]byte
+	_        [64]byte // keeps other threads' writes away from the loop's fields
+	mail     mailbox
+	parked   atomic.Bool   // true only while the thread waits, or is about to
+	progress atomic.Uint64 // passes of the loop; the shard writes, the watchdog reads
+	_        [64]byte
 
 	// Owned by the shard's thread.
 	readClock    func() int64 // nanoseconds since the stack started; called once per turn

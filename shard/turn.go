@@ -22,6 +22,7 @@ const protoTCP = 6 // IANA protocol number
 func (s *Shard) loop() {
 	// Offloaded work still uses what its handler owns.
 	for !s.stopping || s.offloading > 0 {
+		s.progress.Store(s.progress.Load() + 1)
 		if s.turn() {
 			s.counters.Turns++
 			s.lastWork = s.now

@@ -283,7 +283,7 @@ func TestForward(t *testing.T) {
 	for range 12 {
 		client, server := netPair(t, a, b)
 		sent := bytes.Repeat([]byte("x"), 300_000)
-		go func() { _, _ = client.Write(sent); client.Close() }()
+		go func() { _, _ = client.Write(sent); _ = client.Close() }()
 		got := 0
 		buf := make([]byte, 64<<10)
 		for {

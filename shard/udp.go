@@ -37,6 +37,8 @@ type Socket struct {
 	local  netip.AddrPort
 	queued bool
 	closed bool
+
+	failed func(error) // what became of earlier datagrams; nil unless connected
 }
 
 // ListenUDP gives the datagrams that arrive at port of one of addrs to h; each
@@ -102,7 +104,7 @@ func (g *Group) listenUDP(addr netip.AddrPort, h DatagramHandler) (*Socket, erro
 	s.ep = ep
 	local, _ := ep.GetLocalAddress() // a bound endpoint has one
 	s.local = netip.AddrPortFrom(addr.Addr(), local.Port)
-	s.entry.Init(s, waiter.ReadableEvents)
+	s.entry.Init(s, waiter.ReadableEvents|waiter.EventErr)
 	s.wq.EventRegister(&s.entry)
 	g.sockets[s] = struct{}{}
 	return s, nil
@@ -134,6 +136,9 @@ func (s *Socket) serve(sh *Shard) {
 			// is not this one's.
 			if _, ok := err.(*tcpip.ErrWouldBlock); ok {
 				return
+			}
+			if s.failed != nil {
+				s.failed(errno(err))
 			}
 			continue
 		}

@@ -22,6 +22,8 @@ const (
 	DefaultRxBuffers = 512
 	DefaultDrain     = 500 * time.Millisecond
 
+	DefaultHandlerLimit = 10 * time.Millisecond
+
 	DefaultSendBuffer    = 768 << 10
 	DefaultReceiveBuffer = 512 << 10
 
@@ -183,6 +185,9 @@ type Config struct {
 	// They are made when needed; without a free one, payload is copied, and
 	// counted. Default 512.
 	RxBuffers int
+	// HandlerLimit is how long a handler may hold its shard before the watchdog
+	// logs where it is, once per place. Default 10 ms; negative: no watchdog.
+	HandlerLimit time.Duration
 	// OffloadThreads is how many functions that handlers of Serve offload may
 	// run at once per NUMA node, 1 to 1024. Default: the number of CPUs that
 	// the process may use, at least 2.
@@ -207,10 +212,12 @@ func (cfg Config) withDefaults() (Config, error) {
 	setDefault(&cfg.RxBuffers, DefaultRxBuffers)
 	setDefault(&cfg.OffloadThreads, max(runtime.NumCPU(), 2))
 	setDefault(&cfg.Drain, DefaultDrain)
+	setDefault(&cfg.HandlerLimit, DefaultHandlerLimit)
 	setDefault(&cfg.SendBuffer, DefaultSendBuffer)
 	setDefault(&cfg.ReceiveBuffer, DefaultReceiveBuffer)
 	cfg.Spin = max(cfg.Spin, 0)
 	cfg.Drain = max(cfg.Drain, 0)
+	cfg.HandlerLimit = max(cfg.HandlerLimit, 0)
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}

@@ -9,15 +9,19 @@
 //	  read → steer → deliver → TCP → timers → application → flush → wait
 //
 // [New] opens a TAP device and starts the shards. The application then has
-// two doors:
+// three doors:
 //
-//   - On the shard: [Stack.HandleTCP] and [Stack.HandleUDP] call a [Handler] on
-//     the thread that received the bytes. Fastest; the handler must not block.
-//   - From any goroutine: [Stack.Listen], [Stack.ListenPacket] and
+//   - Events on the shard: [Stack.HandleTCP] and [Stack.HandleUDP] call a
+//     [Handler] on the thread that received the bytes, without a copy. Fastest;
+//     the handler must not block.
+//   - Blocking code on the shard: [Stack.Serve] runs a func(net.Conn) as a
+//     coroutine of that thread. Waiting for the peer lets the shard go on; other
+//     work that blocks goes through [Offload].
+//   - Any goroutine: [Stack.Listen], [Stack.ListenPacket] and
 //     [Stack.DialContext] give a net.Listener, net.PacketConn and net.Conn.
 //
 // Every connection tells the shard, the CPU and the NUMA node where its
-// segments are processed.
+// segments are processed; see [Where].
 //
 // The methods of Stack may be called from any goroutine except from a
 // Handler's events, unless they say otherwise. Only Linux is supported.

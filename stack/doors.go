@@ -1,7 +1,6 @@
 package stack
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -26,21 +25,6 @@ type (
 	Datagrams = shard.DatagramHandler
 	// Socket is a UDP port as a Datagrams function sees it.
 	Socket = shard.Socket
-)
-
-// Where is implemented by all connections: it tells where they live. It is
-// what SIO_QUERY_RSS_PROCESSOR_INFO tells on Windows and SO_INCOMING_CPU on
-// Linux, for a stack that promises to stay there.
-type Where interface {
-	Shard() int    // processes the connection's segments
-	CPU() int      // its thread is pinned to
-	NUMANode() int // of that CPU
-}
-
-var (
-	_ Where = (*shard.Conn)(nil)
-	_ Where = (*shard.Socket)(nil)
-	_ Where = (*shard.NetConn)(nil)
 )
 
 // HandleTCP gives every connection that arrives at address to h, on its
@@ -185,42 +169,6 @@ func (s *Stack) ListenPacket(network, address string) (net.PacketConn, error) {
 	return p, nil
 }
 
-// DialContext connects like net.Dialer's: network is tcp, tcp4, tcp6, udp, udp4
-// or udp6, address is an IP address and a port. The local port is chosen so
-// that the peer's answers arrive at the shard that dialled.
-func (s *Stack) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	fail := func(err error) (net.Conn, error) {
-		return nil, &net.OpError{Op: "dial", Net: network, Err: err}
-	}
-	if err := ctx.Err(); err != nil {
-		return fail(err)
-	}
-	kind, family, err := parseNetwork(network)
-	if err != nil {
-		return fail(err)
-	}
-	remote, err := parseAddress(kind, address)
-	switch {
-	case err != nil:
-		return fail(err)
-	case !remote.Addr().IsValid() || remote.Addr().IsUnspecified():
-		return fail(&net.AddrError{Err: "missing host", Addr: address})
-	case !family(remote.Addr()):
-		return fail(&net.AddrError{Err: "no suitable address for " + network, Addr: address})
-	case kind == "udp":
-		c, err := s.set.DialNetPacket(remote)
-		if err != nil {
-			return nil, err
-		}
-		return c, nil
-	}
-	c, err := s.set.DialNet(ctx, netip.AddrPort{}, remote)
-	if err != nil {
-		return nil, err
-	}
-	return c, nil
-}
-
 // local finds out which of the stack's addresses a listening address means.
 // Without a host these are all that network allows: for TCP a wildcard per
 // address family, for UDP each address.
@@ -282,20 +230,9 @@ func parseNetwork(network string) (kind string, family func(netip.Addr) bool, er
 // parseAddress reads host:port. The host is an IP address or empty, the port a
 // number or the name of a service.
 func parseAddress(kind, address string) (netip.AddrPort, error) {
-	host, service, err := net.SplitHostPort(address)
+	host, port, err := splitAddress(kind, address)
 	if err != nil {
 		return netip.AddrPort{}, err
-	}
-	number, err := strconv.ParseUint(service, 10, 16)
-	if err != nil {
-		if errors.Is(err, strconv.ErrRange) {
-			return netip.AddrPort{}, &net.AddrError{Err: "invalid port, want 0 to 65535", Addr: address}
-		}
-		named, err := net.LookupPort(kind, service)
-		if err != nil {
-			return netip.AddrPort{}, err
-		}
-		number = uint64(named)
 	}
 	var addr netip.Addr
 	if host != "" {
@@ -304,5 +241,25 @@ func parseAddress(kind, address string) (netip.AddrPort, error) {
 		}
 		addr = addr.Unmap().WithZone("")
 	}
-	return netip.AddrPortFrom(addr, uint16(number)), nil
+	return netip.AddrPortFrom(addr, port), nil
+}
+
+// splitAddress reads host:port with any host.
+func splitAddress(kind, address string) (host string, port uint16, err error) {
+	host, service, err := net.SplitHostPort(address)
+	if err != nil {
+		return "", 0, err
+	}
+	number, err := strconv.ParseUint(service, 10, 16)
+	if err != nil {
+		if errors.Is(err, strconv.ErrRange) {
+			return "", 0, &net.AddrError{Err: "invalid port, want 0 to 65535", Addr: address}
+		}
+		named, err := net.LookupPort(kind, service)
+		if err != nil {
+			return "", 0, err
+		}
+		number = uint64(named)
+	}
+	return host, uint16(number), nil
 }

@@ -82,6 +82,7 @@ func New(cfg Config) (_ *Stack, err error) {
 		SendBuffer:     cfg.SendBuffer,
 		ReceiveBuffer:  cfg.ReceiveBuffer,
 		RxBuffers:      cfg.RxBuffers,
+		HandlerLimit:   cfg.HandlerLimit,
 		OffloadThreads: cfg.OffloadThreads,
 		MaxConns:       (cfg.MaxConns + cfg.Shards - 1) / cfg.Shards,
 		Drain:          cfg.Drain,
