@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"runtime"
 	"slices"
 	"strings"
@@ -24,6 +25,7 @@ type bench struct {
 	options
 	apps                 string // folder of the built applications
 	serverCPU, clientCPU int
+	wrk                  string // file of the HTTP client; empty: this program
 }
 
 // run builds what is needed outside of the namespace, and measures inside. Every child is
@@ -32,11 +34,7 @@ func run(ctx context.Context, o options, args []string) error {
 	runtime.LockOSThread()
 	if !inSandbox() {
 		apps := o.apps
-		if apps == "" && (o.demo || slices.Contains(o.peers, peerNumastack)) {
-			names := []string{"echo"}
-			if o.demo {
-				names = append(names, "iperf3")
-			}
+		if names := o.neededApps(); apps == "" && len(names) > 0 {
 			fmt.Fprintf(os.Stderr, "building %s\n", strings.Join(names, ", "))
 			dir, err := buildApps(ctx, names...)
 			if err != nil {
@@ -58,6 +56,10 @@ func run(ctx context.Context, o options, args []string) error {
 	if err := b.chooseCPUs(); err != nil {
 		return err
 	}
+	if err := b.allowIdleConns(); err != nil {
+		return err
+	}
+	b.wrk, _ = exec.LookPath("wrk") // else our own client
 	samples, failures := b.measure(ctx)
 	if ctx.Err() != nil {
 		return errors.New("interrupted")
@@ -104,21 +106,32 @@ func (b *bench) chooseCPUs() error {
 	return nil
 }
 
-// measure takes one sample per round, row and peer. A sample that fails is reported and
-// left out; the others go on.
+// measure takes one sample per round, row and peer; rows with the same key share it. A
+// sample that fails is reported and left out; the others go on.
 func (b *bench) measure(ctx context.Context) (map[string]map[string][]sample, []string) {
 	samples := map[string]map[string][]sample{}
 	var failures []string
 	for round := range b.rounds {
+		taken := map[sampleKey]sample{}
 		for _, r := range b.rows {
+			if round >= r.rounds(b.options) {
+				continue
+			}
 			if samples[r.name] == nil {
 				samples[r.name] = map[string][]sample{}
 			}
 			var line strings.Builder
-			fmt.Fprintf(&line, "round %d/%d  %-11s", round+1, b.rounds, r.name)
+			fmt.Fprintf(&line, "round %d/%d  %-15s", round+1, b.rounds, r.name)
 			for i := range b.peers {
 				peer := b.peers[(i+round)%len(b.peers)]
-				s, err := b.sample(ctx, peer, r)
+				if !r.measures(peer) {
+					continue
+				}
+				s, shared := taken[r.key(peer)]
+				var err error
+				if !shared {
+					s, err = b.sample(ctx, peer, r)
+				}
 				if ctx.Err() != nil {
 					return samples, failures
 				}
@@ -127,6 +140,7 @@ func (b *bench) measure(ctx context.Context) (map[string]map[string][]sample, []
 					fmt.Fprintf(&line, "  %s failed", peer)
 					continue
 				}
+				taken[r.key(peer)] = s
 				samples[r.name][peer] = append(samples[r.name][peer], s)
 				fmt.Fprintf(&line, "  %s %s", peer, figure(new(r.value(s))))
 			}
@@ -143,8 +157,8 @@ func (b *bench) sample(ctx context.Context, peer string, r row) (sample, error) 
 		return sample{}, err
 	}
 	out, err := b.load(ctx, clientSpec{
-		Load: r.load, Conns: r.conns, Server: netip.MustParseAddr(s.addr), ServerPID: s.pid(),
-		Warmup: warmup, Duration: b.duration, Ports: wellKnownPorts,
+		Load: r.load, Door: r.door, Conns: b.conns(r), Server: netip.MustParseAddr(s.addr), ServerPID: s.pid(),
+		Warmup: warmup, Duration: b.duration, Wrk: b.wrk, Ports: wellKnownPorts,
 	}, b.clientCPU)
 	// A server that did not survive its load explains the client's error.
 	return out, errors.Join(err, s.stop())
@@ -162,7 +176,7 @@ func (b *bench) load(ctx context.Context, spec clientSpec, cpu int) (sample, err
 	}
 	out, err := runCommand(ctx, command{
 		path: self, args: []string{roleClient, string(arg)}, cpu: cpu,
-		deadline: spec.Warmup + spec.Duration + 2*stallTimeout,
+		deadline: spec.deadline(),
 	})
 	if err != nil {
 		return sample{}, err
@@ -174,7 +188,8 @@ func (b *bench) load(ctx context.Context, spec clientSpec, cpu int) (sample, err
 	return s, nil
 }
 
-// sampleDeadline bounds a server's life.
-func (b *bench) sampleDeadline() time.Duration {
-	return readyTimeout + warmup + b.duration + 2*stallTimeout + stopTimeout
+// serverDeadline bounds a server's life.
+func (b *bench) serverDeadline(r row) time.Duration {
+	spec := clientSpec{Load: r.load, Conns: b.conns(r), Warmup: warmup, Duration: b.duration}
+	return readyTimeout + spec.deadline() + stopTimeout
 }

@@ -15,18 +15,31 @@ import (
 // clientSpec tells a client process what to do. It travels as JSON on its command line.
 type clientSpec struct {
 	Load      load          `json:"load"`
+	Door      door          `json:"door"` // chooses the server's HTTP library
 	Conns     int           `json:"conns"`
 	Server    netip.Addr    `json:"server"`
 	ServerPID int           `json:"server_pid"` // whose CPU time to note
 	Warmup    time.Duration `json:"warmup_ns"`
 	Duration  time.Duration `json:"duration_ns"`
+	Wrk       string        `json:"wrk"` // file of the HTTP client wrk; empty: use our own
 	// Ports is for tests, which cannot always have the well-known ones.
 	Ports ports `json:"ports"`
 }
 
-type ports struct{ Echo, Discard, Chargen uint16 }
+type ports struct{ Echo, Discard, Chargen, FastHTTP, NetHTTP, Memory uint16 }
 
-var wellKnownPorts = ports{Echo: portEcho, Discard: portDiscard, Chargen: portChargen}
+var wellKnownPorts = ports{
+	Echo: portEcho, Discard: portDiscard, Chargen: portChargen,
+	FastHTTP: portFastHTTP, NetHTTP: portNetHTTP, Memory: portMemory,
+}
+
+// http returns the port of the library that stands for d.
+func (p ports) http(d door) uint16 {
+	if d == doorNet {
+		return p.NetHTTP
+	}
+	return p.FastHTTP
+}
 
 // stallTimeout is how long the client waits without any progress before it gives up. It is
 // longer than TCP's first retransmissions, so a lost SYN slows a sample down and no more.
@@ -37,6 +50,19 @@ const stallTimeout = 3 * time.Second
 const maxLatency = time.Minute
 
 var errStalled = fmt.Errorf("no progress for %v", stallTimeout)
+
+// deadline bounds a client's life.
+func (s clientSpec) deadline() time.Duration {
+	d := s.Warmup + s.Duration + 2*stallTimeout
+	switch s.Load {
+	case loadHTTP:
+		d += time.Second // wrk measures whole seconds
+	case loadIdle:
+		d += idleSettle + time.Duration(s.Conns)*idleOpenLimit
+	default:
+	}
+	return d
+}
 
 func (s clientSpec) run() (sample, error) {
 	var (
@@ -49,9 +75,13 @@ func (s clientSpec) run() (sample, error) {
 	case s.Load == loadPingPong && s.Conns == 1:
 		out, err = s.pingPongOne()
 	case s.Load == loadPingPong:
-		out, err = s.pingPongMany()
+		out, err = s.exchangeMany(s.Ports.Echo, func() exchange { return new(request) })
 	case s.Load == loadShort:
 		out, err = s.short()
+	case s.Load == loadHTTP:
+		out, err = s.http()
+	case s.Load == loadIdle:
+		out, err = s.idle()
 	default:
 		err = errors.New("unknown load")
 	}
@@ -190,6 +220,18 @@ func dial(addr netip.Addr, port uint16) (int, error) {
 	}
 }
 
+// setBlocking makes reads wait, for at most stallTimeout.
+func setBlocking(fd int) error {
+	if err := unix.SetNonblock(fd, false); err != nil {
+		return fmt.Errorf("make the socket blocking: %w", err)
+	}
+	limit := unix.NsecToTimeval(stallTimeout.Nanoseconds())
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit); err != nil {
+		return fmt.Errorf("set SO_RCVTIMEO: %w", err)
+	}
+	return nil
+}
+
 // reset closes a connection with a RST, which leaves no TIME_WAIT on either side
 // (SO_LINGER with zero seconds, tcp(7) and socket(7)).
 func reset(fd int) {
@@ -239,4 +281,17 @@ func (r *request) receive(fd int) (complete bool, err error) {
 		return false, fmt.Errorf("the answer is not the request: sent % x, got % x", r.want[:16], r.got[:16])
 	}
 	return true, nil
+}
+
+// await receives the whole answer on a blocking socket.
+func (r *request) await(fd int) error {
+	for {
+		complete, err := r.receive(fd)
+		if err != nil || complete {
+			return err
+		}
+		if time.Since(r.sent) > stallTimeout {
+			return errStalled
+		}
+	}
 }

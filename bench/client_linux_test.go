@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -65,12 +66,18 @@ func serveLoopback(t *testing.T) (ports, *countingListener) {
 			p.Discard = got
 		case portChargen:
 			p.Chargen = got
+		case portFastHTTP:
+			p.FastHTTP = got
+		case portNetHTTP:
+			p.NetHTTP = got
+		case portMemory:
+			p.Memory = got
 		}
 		return countingListener{l, counts.conns, counts.read, counts.written}, nil
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ready, done := make(chan struct{}), make(chan error, 1)
-	go func() { done <- serve(ctx, listen, func() { close(ready) }) }()
+	go func() { done <- serve(ctx, allServices, listen, func() { close(ready) }) }()
 	select {
 	case <-ready:
 	case err := <-done:
@@ -107,6 +114,8 @@ func TestClientCounts(t *testing.T) {
 		{loadPingPong, 1},
 		{loadPingPong, 64},
 		{loadShort, 8},
+		{loadHTTP, 64},
+		{loadIdle, 64},
 	}
 	for _, tt := range tests {
 		t.Run(string(tt.load), func(t *testing.T) {
@@ -115,10 +124,10 @@ func TestClientCounts(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if s.Elapsed <= 0 || s.CPU <= 0 {
+			if s.Elapsed <= 0 || s.CPU <= 0 && tt.load != loadIdle {
 				t.Errorf("elapsed %v, CPU %v: want both above zero", s.Elapsed, s.CPU)
 			}
-			if tt.load != loadBulkIn && tt.load != loadBulkOut {
+			if tt.load != loadBulkIn && tt.load != loadBulkOut && tt.load != loadIdle {
 				if s.P50 <= 0 || s.P50 > s.P99 || s.P99 > s.Max {
 					t.Errorf("percentiles are out of order: p50 %v, p99 %v, max %v", s.P50, s.P99, s.Max)
 				}
@@ -137,6 +146,24 @@ func TestClientCounts(t *testing.T) {
 			case loadPingPong:
 				if got := counts.read.Load() / messageBytes; got < s.Ops || got > s.Ops+slack {
 					t.Errorf("client counted %d requests, server %d", s.Ops, got)
+				}
+			case loadHTTP:
+				// The two libraries' requests are the same, so bytes count them.
+				size := int64(len("GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"))
+				if got := counts.read.Load() / size; got < s.Ops || got > s.Ops+slack {
+					t.Errorf("client counted %d requests, server %d", s.Ops, got)
+				}
+			case loadIdle:
+				// Two more connections asked for the memory.
+				if got := counts.conns.Load(); s.Ops != slack || got != slack+2 {
+					t.Errorf("client counted %d connections, server %d, want %d and 2 more", s.Ops, got, slack)
+				}
+				// Of every handler's buffer.
+				if want := slack * 4 << 10; s.Memory.Heap < want || s.Memory.Heap > 8*want {
+					t.Errorf("the heap grew by %d bytes, want %d and some more", s.Memory.Heap, want)
+				}
+				if s.Memory.Stacks <= 0 {
+					t.Errorf("the stacks grew by %d bytes, want more than 0", s.Memory.Stacks)
 				}
 			case loadShort:
 				if got := counts.conns.Load(); got < s.Ops || got > s.Ops+slack {
@@ -191,7 +218,7 @@ func serveOne(t *testing.T, handle func(index int, c net.Conn)) ports {
 		running.Wait()
 	})
 	port := uint16(l.Addr().(*net.TCPAddr).Port)
-	return ports{Echo: port, Discard: port, Chargen: port}
+	return ports{Echo: port, Discard: port, Chargen: port, FastHTTP: port, NetHTTP: port, Memory: port}
 }
 
 func TestClientErrors(t *testing.T) {
@@ -217,6 +244,27 @@ func TestClientErrors(t *testing.T) {
 		}
 		discard(c)
 	}
+	answering := func(answer string) func(int, net.Conn) {
+		return func(_ int, c net.Conn) {
+			buf := make([]byte, 1<<10)
+			for {
+				if _, err := c.Read(buf); err != nil {
+					return
+				}
+				if _, err := c.Write([]byte(answer)); err != nil {
+					return
+				}
+			}
+		}
+	}
+	// The first connection asks for the memory, the second is an idle one.
+	leaving := func(i int, c net.Conn) {
+		if i == 1 {
+			_, _ = io.CopyN(c, c, messageBytes)
+			return
+		}
+		tellMemory(c)
+	}
 	tests := []struct {
 		name   string
 		load   load
@@ -232,6 +280,12 @@ func TestClientErrors(t *testing.T) {
 		{"closed early", loadShort, 2, closing, "closed the connection after 0 of 64 bytes"},
 		{"one starves", loadPingPong, 2, firstOnly, "connection 1 got no answer"},
 		{"nothing sent", loadBulkOut, 1, func(_ int, c net.Conn) { discard(c) }, "not a byte moved"},
+		{"closed early", loadHTTP, 2, closing, "closed the connection after 0 bytes of an answer"},
+		{"refuses", loadHTTP, 2, answering("HTTP/1.1 503 Busy\r\nContent-Length: 1\r\n\r\nx"), `the answer is "HTTP/1.1 503 Busy"`},
+		{"talks too much", loadHTTP, 2, answering("HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nxyz"), "2 more than its header says"},
+		{"never ends", loadHTTP, 2, answering(strings.Repeat("x", 2*maxAnswer)), "more than 4096 bytes"},
+		{"tells no memory", loadIdle, 1, func(_ int, c net.Conn) { _, _ = c.Write([]byte("none\n")) }, "read the server's memory"},
+		{"does not stay", loadIdle, 1, leaving, "1 of 1 connections did not stay open"},
 		{"stalled", loadPingPong, 1, func(_ int, c net.Conn) { discard(c) }, errStalled.Error()},
 	}
 	for _, tt := range tests {
@@ -247,9 +301,9 @@ func TestClientErrors(t *testing.T) {
 
 func TestClientRefused(t *testing.T) {
 	needSandbox(t)
-	for _, l := range []load{loadBulkIn, loadPingPong, loadShort} {
+	for _, l := range []load{loadBulkIn, loadPingPong, loadShort, loadHTTP, loadIdle} {
 		// Nothing listens on port 1 of this namespace.
-		_, err := testSpec(l, 1, ports{Echo: 1, Discard: 1, Chargen: 1}).run()
+		_, err := testSpec(l, 1, ports{Echo: 1, Discard: 1, Chargen: 1, FastHTTP: 1, NetHTTP: 1, Memory: 1}).run()
 		if !errors.Is(err, unix.ECONNREFUSED) {
 			t.Errorf("%s: error is %v, want ECONNREFUSED", l, err)
 		}

@@ -19,12 +19,8 @@ func (s clientSpec) pingPongOne() (sample, error) {
 		return sample{}, err
 	}
 	defer reset(fd)
-	if err := unix.SetNonblock(fd, false); err != nil {
-		return sample{}, fmt.Errorf("make the socket blocking: %w", err)
-	}
-	limit := unix.NsecToTimeval(stallTimeout.Nanoseconds())
-	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit); err != nil {
-		return sample{}, fmt.Errorf("set SO_RCVTIMEO: %w", err)
+	if err := setBlocking(fd); err != nil {
+		return sample{}, err
 	}
 
 	var r request
@@ -42,19 +38,28 @@ func (s clientSpec) pingPongOne() (sample, error) {
 		if err := r.send(fd, 0, seq, now); err != nil {
 			return sample{}, err
 		}
-		for complete := false; !complete; {
-			if complete, err = r.receive(fd); err != nil {
-				return sample{}, err
-			}
-			if !complete && time.Since(now) > stallTimeout {
-				return sample{}, errStalled
-			}
+		if err := r.await(fd); err != nil {
+			return sample{}, err
 		}
 	}
 }
 
-// pingPongMany keeps one request outstanding on every connection, from one thread.
-func (s clientSpec) pingPongMany() (sample, error) {
+// exchange is one outstanding request of a connection and its answer. Both methods are for a
+// non-blocking socket.
+type exchange interface {
+	// send writes the next request; id and seq tell it from all others.
+	send(fd int, id, seq uint64, now time.Time) error
+	// receive reads once and reports whether the answer is complete and right.
+	receive(fd int) (complete bool, err error)
+}
+
+var (
+	_ exchange = (*request)(nil)
+	_ exchange = (*httpRequest)(nil)
+)
+
+// exchangeMany keeps one request outstanding on every connection, from one thread.
+func (s clientSpec) exchangeMany(port uint16, newExchange func() exchange) (sample, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	ep, err := newPoller()
@@ -64,15 +69,17 @@ func (s clientSpec) pingPongMany() (sample, error) {
 	defer ep.close()
 
 	type connection struct {
-		request
+		exchange
 		fd       int
 		seq      uint64
+		sent     time.Time
 		answered bool // in the window
 	}
 	conns := make([]connection, s.Conns)
 	for i := range conns {
 		c := &conns[i]
-		if c.fd, err = dial(s.Server, s.Ports.Echo); err != nil {
+		c.exchange = newExchange()
+		if c.fd, err = dial(s.Server, port); err != nil {
 			return sample{}, err
 		}
 		defer reset(c.fd)
@@ -81,7 +88,8 @@ func (s clientSpec) pingPongMany() (sample, error) {
 		}
 	}
 	for i := range conns {
-		if err := conns[i].send(conns[i].fd, uint64(i), 0, time.Now()); err != nil {
+		conns[i].sent = time.Now()
+		if err := conns[i].send(conns[i].fd, uint64(i), 0, conns[i].sent); err != nil {
 			return sample{}, err
 		}
 	}
@@ -110,6 +118,7 @@ func (s clientSpec) pingPongMany() (sample, error) {
 			m.record(now.Sub(c.sent))
 			c.answered = c.answered || m.running
 			c.seq++
+			c.sent = now
 			if err := c.send(c.fd, uint64(event.Fd), c.seq, now); err != nil {
 				return sample{}, fmt.Errorf("connection %d: %w", event.Fd, err)
 			}

@@ -3,11 +3,14 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -25,6 +28,18 @@ func (b *bench) environment() environment {
 		Rounds:    b.rounds,
 		SampleSec: b.duration.Seconds(),
 		MTU:       mtu,
+	}
+	for _, r := range b.rows {
+		switch r.load {
+		case loadHTTP:
+			env.HTTPClient = "bench"
+			if b.wrk != "" {
+				env.HTTPClient = "wrk"
+			}
+		case loadIdle:
+			env.IdleConns = b.idleConns
+		default:
+		}
 	}
 	// Where the file is missing, CPU costs are in ns instead of cycles.
 	cpuinfo, _ := os.ReadFile("/proc/cpuinfo")
@@ -75,4 +90,36 @@ func commit() string {
 		return ""
 	}
 	return strings.TrimSpace(string(out))
+}
+
+// spareFiles is how many files a process of ours has open beside its connections, and more.
+const spareFiles = 64
+
+// allowIdleConns raises the limit on open files, which children inherit, as far as the
+// idle rows need it, and lowers their number of connections to what the system grants.
+func (b *bench) allowIdleConns() error {
+	if !slices.ContainsFunc(b.rows, func(r row) bool { return r.load == loadIdle }) {
+		return nil
+	}
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return fmt.Errorf("read the limit on open files: %w", err)
+	}
+	want := limit
+	want.Cur = max(limit.Cur, uint64(b.idleConns+spareFiles))
+	want.Max = max(limit.Max, want.Cur) // takes CAP_SYS_RESOURCE
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &want); err != nil {
+		want = syscall.Rlimit{Cur: limit.Max, Max: limit.Max}
+		if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &want); err != nil {
+			return fmt.Errorf("raise the limit on open files to %d: %w", want.Cur, err)
+		}
+	}
+	if most := int(want.Cur) - spareFiles; most < b.idleConns {
+		if most < 1 {
+			return fmt.Errorf("the limit on open files is %d: the idle rows need at least %d", want.Cur, spareFiles+1)
+		}
+		fmt.Fprintf(os.Stderr, "the limit on open files is %d: the idle rows have %d connections instead of %d\n", want.Cur, most, b.idleConns)
+		b.idleConns = most
+	}
+	return nil
 }

@@ -17,21 +17,25 @@ import (
 
 // options is the command line after validation.
 type options struct {
-	quick    bool
-	jsonOut  bool
-	demo     bool
-	rows     []row
-	peers    []string
-	rounds   int
-	duration time.Duration // of one sample's window, warm-up not included
-	cpus     [2]int        // server, client; -1: the first two this process may use
-	apps     string        // folder with built applications; empty: build them
+	quick     bool
+	jsonOut   bool
+	demo      bool
+	rows      []row
+	peers     []string
+	rounds    int
+	duration  time.Duration // of one sample's window, warm-up not included
+	idleConns int           // of the idle rows
+	cpus      [2]int        // server, client; -1: the first two this process may use
+	apps      string        // folder with built applications; empty: build them
 }
 
 // Bounds that keep a typing error from occupying a machine for hours.
 const (
 	maxRounds   = 100
 	maxDuration = time.Minute
+	// maxIdleConns leaves room among the 28,232 local ports that a kernel chooses from
+	// (net.ipv4.ip_local_port_range); all connections come from one address.
+	maxIdleConns = 25_000
 )
 
 func main() {
@@ -86,15 +90,16 @@ func parseOptions(args []string, usage io.Writer) (options, error) {
 	)
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.SetOutput(usage)
-	fs.BoolVar(&o.quick, "quick", false, "5 short rounds, under 4 minutes (default: 10 rounds of 3 s samples)")
+	fs.BoolVar(&o.quick, "quick", false, "5 short rounds, 3 or 1 of some rows, under 4 minutes (default: 10 rounds of 3 s samples)")
 	fs.BoolVar(&o.jsonOut, "json", false, "print JSON instead of a table")
 	fs.BoolVar(&o.demo, "demo", false, "show apps/echo and apps/iperf3 at work instead of measuring")
 	fs.StringVar(&rowNames, "rows", "", "comma-separated `rows` to measure, or prefixes of their names such as bulk (default: all)")
 	fs.StringVar(&peerNames, "peers", "", "comma-separated `peers` to measure: "+strings.Join(peerOrder, ", ")+" (default: all)")
-	fs.IntVar(&o.rounds, "rounds", 0, "rounds, each with one sample per row and peer (default: 10, with -quick 5)")
+	fs.IntVar(&o.rounds, "rounds", 0, "rounds, each with one sample per row and peer, at most 3 of the idle rows (default: 10, with -quick 5)")
 	fs.DurationVar(&o.duration, "duration", 0, "length of one sample (default: 3s, with -quick 1s)")
+	fs.IntVar(&o.idleConns, "idle-conns", 0, "`connections` of the idle rows (default: 20000, with -quick 5000)")
 	fs.StringVar(&cpuList, "cpus", "", "`server,client` CPUs (default: the first two this process may use)")
-	fs.StringVar(&o.apps, "apps", "", "`folder` with the built applications echo and iperf3 (default: build them with go build)")
+	fs.StringVar(&o.apps, "apps", "", "`folder` with the built applications echo, httpd and iperf3 (default: build them with go build)")
 	if err := fs.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			return o, err
@@ -117,11 +122,21 @@ func parseOptions(args []string, usage io.Writer) (options, error) {
 			o.duration = time.Second
 		}
 	}
+	if o.idleConns == 0 {
+		o.idleConns = 20_000
+		if o.quick {
+			o.idleConns = 5_000
+		}
+	}
 	if o.rounds < 1 || o.rounds > maxRounds {
 		return o, fmt.Errorf("-rounds %d: must be 1 to %d", o.rounds, maxRounds)
 	}
 	if o.duration < 100*time.Millisecond || o.duration > maxDuration {
 		return o, fmt.Errorf("-duration %v: must be 100ms to %v", o.duration, maxDuration)
+	}
+
+	if o.idleConns < 1 || o.idleConns > maxIdleConns {
+		return o, fmt.Errorf("-idle-conns %d: must be 1 to %d", o.idleConns, maxIdleConns)
 	}
 
 	var err error
@@ -133,6 +148,30 @@ func parseOptions(args []string, usage io.Writer) (options, error) {
 	}
 	o.cpus, err = parseCPUs(cpuList)
 	return o, err
+}
+
+// neededApps names the applications that the run starts.
+func (o options) neededApps() []string {
+	if o.demo {
+		return []string{"echo", "iperf3"}
+	}
+	var names []string
+	if slices.Contains(o.peers, peerNumastack) {
+		for _, r := range o.rows {
+			if app := r.app(); app != "" && !slices.Contains(names, app) {
+				names = append(names, app)
+			}
+		}
+	}
+	return names
+}
+
+// conns returns how many connections a row has.
+func (o options) conns(r row) int {
+	if r.load == loadIdle {
+		return o.idleConns
+	}
+	return r.conns
 }
 
 // selectPeers keeps the order of peerOrder, whatever order the list has.

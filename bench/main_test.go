@@ -24,6 +24,8 @@ func TestParseOptions(t *testing.T) {
 		{args: "-rows bulk_in", rows: []string{"bulk_in_1", "bulk_in_8"}, rounds: 10, duration: 3 * time.Second},
 		{args: "-rows pingpong", rows: []string{"pingpong_1", "pingpong_64"}, rounds: 10, duration: 3 * time.Second},
 		{args: "-peers kernel,numastack", peers: []string{"numastack", "kernel"}, rounds: 10, duration: 3 * time.Second},
+		{args: "-rows http,idle_net", rows: []string{"http_shard", "http_net", "idle_net"}, rounds: 10, duration: 3 * time.Second},
+		{args: "-idle-conns 25001", err: "-idle-conns 25001: must be 1 to 25000"},
 		{args: "-rows bulk_sideways", err: `"bulk_sideways": accepted are bulk_in_1`},
 		{args: "-rows short,", err: `-rows ""`},
 		{args: "-peers lwip", err: `"lwip": accepted are numastack, gvisor, kernel`},
@@ -64,5 +66,28 @@ func TestParseOptions(t *testing.T) {
 				t.Errorf("peers are %v, want %v", o.peers, want)
 			}
 		})
+	}
+}
+
+func TestNeededApps(t *testing.T) {
+	tests := []struct {
+		args string
+		want []string
+	}{
+		{"", []string{"echo", "httpd"}},
+		{"-rows bulk,short", []string{"echo"}},
+		{"-rows http", []string{"httpd"}},
+		{"-rows net,idle", nil},
+		{"-peers gvisor,kernel", nil},
+		{"-demo", []string{"echo", "iperf3"}},
+	}
+	for _, tt := range tests {
+		o, err := parseOptions(strings.Fields(tt.args), io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := o.neededApps(); !slices.Equal(got, tt.want) {
+			t.Errorf("%q: %v, want %v", tt.args, got, tt.want)
+		}
 	}
 }

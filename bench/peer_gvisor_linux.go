@@ -34,7 +34,7 @@ func serveGVisor(ctx context.Context, ready func()) error {
 		return err
 	}
 	addr := tcpip.FullAddress{NIC: gvisorNIC, Addr: gvisorAddress()}
-	return serve(ctx, func(port uint16) (net.Listener, error) {
+	return serve(ctx, allServices, func(port uint16) (net.Listener, error) {
 		addr.Port = port
 		return gonet.ListenTCP(s, addr, ipv4.ProtocolNumber)
 	}, ready)

@@ -18,7 +18,7 @@ func serveKernel(ctx context.Context, ready func()) error {
 		return err
 	}
 	var lc net.ListenConfig
-	return serve(ctx, func(port uint16) (net.Listener, error) {
+	return serve(ctx, allServices, func(port uint16) (net.Listener, error) {
 		return lc.Listen(ctx, "tcp4", net.JoinHostPort(kernelServer, strconv.Itoa(int(port))))
 	}, ready)
 }

@@ -6,8 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
-	"strconv"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -19,6 +18,7 @@ const mtu = 1500
 // Each peer has a /24 of its own. Host bits: 1 the client, 2 the server.
 const (
 	numastackServer = "10.99.0.2"
+	numastackClient = "10.99.0.1"
 	numastackTAP    = "numa0"
 
 	gvisorServer = "10.98.0.2"
@@ -44,19 +44,12 @@ func startPeer(ctx context.Context, name string, r row, b *bench) (*server, erro
 	if err != nil {
 		return nil, fmt.Errorf("find this program's file: %w", err)
 	}
-	c := command{path: self, args: []string{roleServe, name}, cpu: b.serverCPU, deadline: b.sampleDeadline()}
+	c := command{path: self, args: []string{roleServe, name}, cpu: b.serverCPU, deadline: b.serverDeadline(r)}
 	s := &server{}
 	switch name {
 	case peerNumastack:
 		s.addr = numastackServer
-		c.path = filepath.Join(b.apps, "echo")
-		c.args = []string{
-			"-tap", numastackTAP, "-addr", numastackServer + "/24", "-host", "10.99.0.1/24",
-			"-mtu", strconv.Itoa(mtu), "-shards", "1", "-cpus", strconv.Itoa(b.serverCPU),
-		}
-		if r.spin {
-			c.args = append(c.args, "-spin", "1s") // longer than any answer takes
-		}
+		c.path, c.args = b.numastackCommand(self, r)
 	case peerGVisor:
 		s.addr = gvisorServer
 	case peerKernel:
@@ -115,12 +108,15 @@ func (s *server) removeLink() error {
 // serveRole is the child's side: it serves until it is told to stop.
 func serveRole(ctx context.Context, peer string) error {
 	ready := func() { fmt.Println("ready") }
+	if d, ok := strings.CutPrefix(peer, peerNumastack+"-"); ok {
+		return serveNumastack(ctx, door(d), ready)
+	}
 	switch peer {
 	case peerGVisor:
 		return serveGVisor(ctx, ready)
 	case peerKernel:
 		return serveKernel(ctx, ready)
 	default:
-		return fmt.Errorf("%s %q: accepted are %s and %s", roleServe, peer, peerGVisor, peerKernel)
+		return fmt.Errorf("%s %q: accepted are %s, %s and %s-<door>", roleServe, peer, peerGVisor, peerKernel, peerNumastack)
 	}
 }

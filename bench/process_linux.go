@@ -19,7 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The hidden roles of this program: "-serve gvisor|kernel" and "-client <spec as JSON>".
+// The hidden roles of this program: "-serve gvisor|kernel|numastack-<door>" and
+// "-client <spec as JSON>".
 const (
 	roleServe  = "-serve"
 	roleClient = "-client"

@@ -136,7 +136,7 @@ func TestOutputReady(t *testing.T) {
 	}
 }
 
-// One short sample of each peer that this program serves itself, twice: what the first
+// Short samples of what this program serves itself, of each peer several: what the first
 // leaves behind would be in the second's way.
 func TestPeers(t *testing.T) {
 	needSandbox(t)
@@ -145,21 +145,38 @@ func TestPeers(t *testing.T) {
 	}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	rows, err := selectRows("pingpong_64")
-	if err != nil {
-		t.Fatal(err)
-	}
-	b := &bench{options: options{rows: rows, duration: 200 * time.Millisecond, cpus: [2]int{-1, -1}}}
+	b := &bench{options: options{duration: 200 * time.Millisecond, idleConns: 10, cpus: [2]int{-1, -1}}}
 	if err := b.chooseCPUs(); err != nil {
 		t.Fatal(err)
 	}
-	for _, peer := range []string{peerGVisor, peerKernel, peerGVisor, peerKernel} {
-		s, err := b.sample(t.Context(), peer, rows[0])
+	tests := []struct {
+		peer string
+		rows string
+	}{
+		{peerGVisor, "pingpong_64"},
+		{peerKernel, "pingpong_64"},
+		{peerGVisor, "http"},
+		{peerKernel, "http"},
+		{peerKernel, "idle_net"},
+		{peerNumastack, "net"},
+		{peerNumastack, "idle"},
+	}
+	for _, tt := range tests {
+		rows, err := selectRows(tt.rows)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if s.Ops == 0 || s.CPU == 0 {
-			t.Errorf("%s: sample is %+v", peer, s)
+		for _, r := range rows {
+			s, err := b.sample(t.Context(), tt.peer, r)
+			if err != nil {
+				t.Errorf("%s, %s: %v", tt.peer, r.name, err)
+				continue
+			}
+			switch {
+			case r.load == loadIdle && (s.Ops != 10 || s.Memory.Heap <= 0),
+				r.load != loadIdle && (s.Ops+s.Bytes == 0 || s.CPU == 0):
+				t.Errorf("%s, %s: sample is %+v", tt.peer, r.name, s)
+			}
 		}
 	}
 	links, err := netlink.LinkList()

@@ -1,15 +1,13 @@
 package main
 
-import (
-	"fmt"
-	"slices"
-)
+import "slices"
 
 // report is the outcome of a run, and the shape of -json.
 type report struct {
 	Environment environment `json:"environment"`
 	Rows        []rowReport `json:"rows"`
 	Scaling     []target    `json:"scaling,omitempty"`
+	Libraries   []target    `json:"libraries,omitempty"`
 	TargetsMet  int         `json:"targets_met"`
 	Targets     int         `json:"targets"`
 	Errors      []string    `json:"errors,omitempty"`
@@ -29,6 +27,9 @@ type environment struct {
 	Rounds    int     `json:"rounds"`
 	SampleSec float64 `json:"sample_seconds"`
 	MTU       int     `json:"mtu"`
+	// Only where rows use them.
+	HTTPClient string `json:"http_client,omitempty"` // "wrk", or "bench" where it is not installed
+	IdleConns  int    `json:"idle_conns,omitempty"`
 }
 
 // rowReport is one row: the peers' medians, beside each other. A peer that was not
@@ -42,11 +43,13 @@ type rowReport struct {
 	Kernel    *float64 `json:"kernel"`
 	VsGVisor  *target  `json:"vs_gvisor,omitempty"`
 	VsKernel  *target  `json:"vs_kernel,omitempty"`
-	CPUUnit   string   `json:"cpu_unit"`
+	CPUUnit   string   `json:"cpu_unit,omitempty"`
 	// The maps' keys are the peers.
-	CPU     map[string]float64   `json:"cpu"`
+	CPU     map[string]float64   `json:"cpu,omitempty"`
 	P50     map[string]float64   `json:"p50_us,omitempty"`
 	P99     map[string]float64   `json:"p99_us,omitempty"`
+	Heap    map[string]float64   `json:"heap_bytes,omitempty"`  // per connection
+	Stacks  map[string]float64   `json:"stack_bytes,omitempty"` // per connection
 	Samples map[string][]float64 `json:"samples"`
 }
 
@@ -80,16 +83,23 @@ func newReport(env environment, rows []row, samples map[string]map[string][]samp
 			}
 		}
 	}
-	for _, pair := range scalingPairs {
-		one, eight := rep.numastack(pair[0]), rep.numastack(pair[1])
-		if one == nil || eight == nil {
+	rep.Scaling, rep.Libraries = rep.hold(scalingTargets), rep.hold(libraryTargets)
+	return rep
+}
+
+// hold returns and counts those targets whose two cells were measured.
+func (rep *report) hold(targets []cellTarget) []target {
+	var held []target
+	for _, ct := range targets {
+		over, base := rep.figure(ct.over), rep.figure(ct.base)
+		if over == nil || base == nil {
 			continue
 		}
-		t := newTarget(fmt.Sprintf("%s / %s", pair[1], pair[0]), *eight / *one, minScaling, false)
-		rep.Scaling = append(rep.Scaling, t)
+		t := newTarget(ct.name, *over / *base, ct.limit, false)
+		held = append(held, t)
 		rep.count(t)
 	}
-	return rep
+	return held
 }
 
 func (rep *report) count(t target) {
@@ -99,13 +109,15 @@ func (rep *report) count(t target) {
 	}
 }
 
-// numastack returns our own figure in a row, or nil.
-func (rep *report) numastack(name string) *float64 {
-	i := slices.IndexFunc(rep.Rows, func(r rowReport) bool { return r.Name == name })
+// figure returns what a cell shows, or nil.
+func (rep *report) figure(c cell) *float64 {
+	i := slices.IndexFunc(rep.Rows, func(r rowReport) bool { return r.Name == c.row })
 	if i < 0 {
 		return nil
 	}
-	return rep.Rows[i].Numastack
+	return map[string]*float64{
+		peerNumastack: rep.Rows[i].Numastack, peerGVisor: rep.Rows[i].GVisor, peerKernel: rep.Rows[i].Kernel,
+	}[c.peer]
 }
 
 func newRowReport(r row, byPeer map[string][]sample, tscHz float64) rowReport {
@@ -117,9 +129,12 @@ func newRowReport(r row, byPeer map[string][]sample, tscHz float64) rowReport {
 		rr.Better = "lower"
 	}
 	_, rr.CPUUnit = r.cpuCost(sample{Bytes: 1, Ops: 1}, tscHz)
-	timed := r.load == loadPingPong || r.load == loadShort
+	timed := r.load == loadPingPong || r.load == loadShort || r.load == loadHTTP
 	if timed {
 		rr.P50, rr.P99 = map[string]float64{}, map[string]float64{}
+	}
+	if r.load == loadIdle {
+		rr.Heap, rr.Stacks = map[string]float64{}, map[string]float64{}
 	}
 
 	medians := map[string]*float64{}
@@ -127,16 +142,22 @@ func newRowReport(r row, byPeer map[string][]sample, tscHz float64) rowReport {
 		if len(samples) == 0 {
 			continue
 		}
-		var values, costs, p50s, p99s []float64
+		var values, costs, p50s, p99s, heaps, stacks []float64
 		for _, s := range samples {
 			cost, _ := r.cpuCost(s, tscHz)
 			values = append(values, r.value(s))
 			costs = append(costs, cost)
 			p50s = append(p50s, micros(s.P50))
 			p99s = append(p99s, micros(s.P99))
+			heaps = append(heaps, float64(s.Memory.Heap)/float64(s.Ops))
+			stacks = append(stacks, float64(s.Memory.Stacks)/float64(s.Ops))
 		}
 		rr.Samples[peer] = values
-		rr.CPU[peer] = median(costs)
+		if r.load == loadIdle {
+			rr.Heap[peer], rr.Stacks[peer] = median(heaps), median(stacks)
+		} else {
+			rr.CPU[peer] = median(costs)
+		}
 		if timed {
 			rr.P50[peer], rr.P99[peer] = median(p50s), median(p99s)
 		}
@@ -145,7 +166,7 @@ func newRowReport(r row, byPeer map[string][]sample, tscHz float64) rowReport {
 
 	rr.Numastack, rr.GVisor, rr.Kernel = medians[peerNumastack], medians[peerGVisor], medians[peerKernel]
 	hold := func(peer *float64, limit float64) *target {
-		if rr.Numastack == nil || peer == nil {
+		if rr.Numastack == nil || peer == nil || limit == 0 {
 			return nil
 		}
 		return new(newTarget("", *rr.Numastack / *peer, limit, r.lower))

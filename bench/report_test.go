@@ -79,7 +79,7 @@ func testReport() *report {
 	env := environment{
 		Time: "2026-01-02T03:04:05Z", Commit: "0123456", Go: "go1.26", Kernel: "6.18.0",
 		CPU: "Test CPU", CPUs: 2, TSCHz: 2.5e9, ServerCPU: 0, ClientCPU: 1,
-		Rounds: 3, SampleSec: 1, MTU: 1500,
+		Rounds: 3, SampleSec: 1, MTU: 1500, HTTPClient: "wrk", IdleConns: 1000,
 	}
 	bulk := func(gbit ...float64) []sample {
 		var s []sample
@@ -111,6 +111,15 @@ func testReport() *report {
 			peerNumastack: ops(600*time.Microsecond, 200000), peerGVisor: ops(time.Millisecond, 100000),
 			peerKernel: ops(500*time.Microsecond, 260000),
 		},
+		"http_shard": {
+			peerNumastack: ops(time.Millisecond, 180000), peerGVisor: ops(2*time.Millisecond, 60000),
+			peerKernel: ops(500*time.Microsecond, 240000),
+		},
+		"http_net": {peerKernel: ops(time.Millisecond, 160000)},
+		"idle_net": {
+			peerNumastack: {{Elapsed: time.Second, Ops: 1000, Memory: memory{RSS: 16e6, Heap: 12e6, Stacks: 3e6}}},
+			peerKernel:    {{Elapsed: time.Second, Ops: 1000, Memory: memory{RSS: 8e6, Heap: 5e6, Stacks: 2e6}}},
+		},
 		"short": {peerNumastack: nil, peerGVisor: ops(time.Millisecond, 14000)},
 	}, []string{"round 1, short, numastack: echo ended with exit status 1"})
 }
@@ -130,7 +139,8 @@ func TestReportGolden(t *testing.T) {
 
 func TestReportTargets(t *testing.T) {
 	rep := testReport()
-	// Per row vs gVisor and vs kernel; then the two scaling pairs, one of them measured.
+	// Per row vs gVisor and vs kernel; then the two scaling pairs, one of them measured, and
+	// the one of libraries.
 	want := map[string][2]any{
 		"bulk_in_1":   {true, true},
 		"bulk_in_8":   {true, false},
@@ -139,6 +149,7 @@ func TestReportTargets(t *testing.T) {
 		"pingpong_1":  {true, false},
 		"pingpong_64": {true, true},
 		"short":       {nil, nil},
+		"http_shard":  {true, false},
 	}
 	met, all := 0, 0
 	for _, r := range rep.Rows {
@@ -159,8 +170,11 @@ func TestReportTargets(t *testing.T) {
 	if len(rep.Scaling) != 1 || rep.Scaling[0].Ratio != 0.8 || rep.Scaling[0].Met {
 		t.Errorf("scaling is %+v, want one ratio of 0.8 that misses", rep.Scaling)
 	}
-	if rep.TargetsMet != met || rep.Targets != all+1 {
-		t.Errorf("%d of %d targets, want %d of %d", rep.TargetsMet, rep.Targets, met, all+1)
+	if len(rep.Libraries) != 1 || rep.Libraries[0].Ratio != 1.125 || rep.Libraries[0].Met {
+		t.Errorf("libraries is %+v, want one ratio of 1.125 that misses", rep.Libraries)
+	}
+	if rep.TargetsMet != met || rep.Targets != all+2 {
+		t.Errorf("%d of %d targets, want %d of %d", rep.TargetsMet, rep.Targets, met, all+2)
 	}
 }
 
@@ -187,7 +201,10 @@ func TestReportKeys(t *testing.T) {
 			t.Errorf("%q is %v, want %v", key, first[key], want)
 		}
 	}
-	for i, name := range []string{"bulk_in_1", "bulk_in_8", "bulk_out_1", "bulk_out_8", "pingpong_1", "pingpong_64", "short"} {
+	for i, name := range []string{
+		"bulk_in_1", "bulk_in_8", "bulk_out_1", "bulk_out_8", "pingpong_1", "pingpong_64", "short",
+		"net_in_1", "net_out_1", "net_pingpong_64", "http_shard", "http_net", "idle_events", "idle_shard", "idle_net",
+	} {
 		if parsed.Rows[i]["name"] != name {
 			t.Errorf("row %d is %v, want %s", i, parsed.Rows[i]["name"], name)
 		}
@@ -206,6 +223,8 @@ func TestCPUCost(t *testing.T) {
 		{loadBulkIn, 0, 2, "ns/byte"},
 		{loadPingPong, 2e9, 20, "µs/op"},
 		{loadShort, 0, 20, "µs/op"},
+		{loadHTTP, 2e9, 20, "µs/op"},
+		{loadIdle, 2e9, 0, ""},
 	}
 	s := sample{CPU: 2 * time.Millisecond, Bytes: 1e6, Ops: 100}
 	for _, tt := range tests {

@@ -8,40 +8,41 @@ import (
 
 // The ports every peer's server listens on, and what it does there (RFC 862, 863, 864).
 const (
-	portEcho    = 7
-	portDiscard = 9
-	portChargen = 19
+	portEcho     = 7
+	portDiscard  = 9
+	portChargen  = 19
+	portFastHTTP = 80
+	portNetHTTP  = 8080
+	portMemory   = 8081 // tells the server's own memory, see memory.go
 )
 
 // serveBuffer is the size of a connection's buffer in bytes: large enough that the number
 // of Read and Write calls does not decide the bulk rows.
 const serveBuffer = 128 << 10
 
-// serve accepts connections on the three ports, one goroutine each, until ctx is done.
-// It calls ready once all ports listen.
-func serve(ctx context.Context, listen func(port uint16) (net.Listener, error), ready func()) error {
-	failed := make(chan error, 3)
-	for port, handle := range map[uint16]func(net.Conn){
-		portEcho: echo, portDiscard: discard, portChargen: chargen,
-	} {
+// services are what serve does with each port's listener, until it fails.
+type services map[uint16]func(net.Listener) error
+
+// allServices have a goroutine per connection.
+var allServices = services{
+	portEcho:     perConn(echo),
+	portDiscard:  perConn(discard),
+	portChargen:  perConn(chargen),
+	portFastHTTP: serveFastHTTP,
+	portNetHTTP:  serveNetHTTP,
+	portMemory:   perConn(tellMemory),
+}
+
+// serve serves on every port until ctx is done. It calls ready once all ports listen.
+func serve(ctx context.Context, what services, listen func(port uint16) (net.Listener, error), ready func()) error {
+	failed := make(chan error, len(what))
+	for port, accept := range what {
 		l, err := listen(port)
 		if err != nil {
 			return fmt.Errorf("listen on port %d: %w", port, err)
 		}
 		defer func() { _ = l.Close() }()
-		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					failed <- fmt.Errorf("accept on port %d: %w", port, err)
-					return
-				}
-				go func() {
-					defer func() { _ = c.Close() }()
-					handle(c)
-				}()
-			}
-		}()
+		go func() { failed <- fmt.Errorf("serve on port %d: %w", port, accept(l)) }()
 	}
 	ready()
 	select {
@@ -49,6 +50,22 @@ func serve(ctx context.Context, listen func(port uint16) (net.Listener, error), 
 		return nil
 	case err := <-failed:
 		return err
+	}
+}
+
+// perConn runs handle in a goroutine for every connection, and closes it after that.
+func perConn(handle func(net.Conn)) func(net.Listener) error {
+	return func(l net.Listener) error {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return err
+			}
+			go func() {
+				defer func() { _ = c.Close() }()
+				handle(c)
+			}()
+		}
 	}
 }
 

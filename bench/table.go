@@ -28,8 +28,15 @@ func (rep *report) writeTable(w io.Writer) error {
 	if env.Commit != "" {
 		fmt.Fprintf(&b, ", commit %s", env.Commit)
 	}
-	fmt.Fprintf(&b, "\nserver on CPU %d, client on CPU %d, MTU %d, medians of %d rounds of %.3g s\n\n",
+	fmt.Fprintf(&b, "\nserver on CPU %d, client on CPU %d, MTU %d, medians of up to %d rounds of %.3g s\n",
 		env.ServerCPU, env.ClientCPU, env.MTU, env.Rounds, env.SampleSec)
+	if env.HTTPClient != "" {
+		fmt.Fprintf(&b, "HTTP client %s\n", env.HTTPClient)
+	}
+	if env.IdleConns != 0 {
+		fmt.Fprintf(&b, "%d idle connections\n", env.IdleConns)
+	}
+	b.WriteByte('\n')
 
 	t := newGrid(&b)
 	t.line("row", "unit", "numastack", "gvisor", "kernel", "/ gvisor", "target", "", "/ kernel", "target", "")
@@ -39,8 +46,8 @@ func (rep *report) writeTable(w io.Writer) error {
 	}
 	t.flush()
 
-	for _, s := range rep.Scaling {
-		fmt.Fprintf(&b, "%s of numastack: %s\n", s.Name, strings.Join(s.cells(), ", "))
+	for _, s := range slices.Concat(rep.Scaling, rep.Libraries) {
+		fmt.Fprintf(&b, "%s: %s\n", s.Name, strings.Join(s.cells(), ", "))
 	}
 	fmt.Fprintf(&b, "%d of %d targets met\n\n", rep.TargetsMet, rep.Targets)
 
@@ -48,7 +55,10 @@ func (rep *report) writeTable(w io.Writer) error {
 		return r.CPUUnit, func(peer string) string { return lookup(r.CPU, peer) }
 	})
 	rep.byPeer(&b, "p50 / p99", func(r rowReport) (string, func(string) string) {
-		return "µs", func(peer string) string { return percentiles(r, peer) }
+		return "µs", func(peer string) string { return pair(r.P50, r.P99, peer) }
+	})
+	rep.byPeer(&b, "heap / stacks", func(r rowReport) (string, func(string) string) {
+		return r.Unit, func(peer string) string { return pair(r.Heap, r.Stacks, peer) }
 	})
 	rep.byPeer(&b, "min..max", func(r rowReport) (string, func(string) string) {
 		return r.Unit, func(peer string) string { return spread(r.Samples[peer]) }
@@ -124,11 +134,11 @@ func lookup(byPeer map[string]float64, peer string) string {
 	return figure(&v)
 }
 
-func percentiles(r rowReport, peer string) string {
-	if _, ok := r.P50[peer]; !ok {
+func pair(a, b map[string]float64, peer string) string {
+	if _, ok := a[peer]; !ok {
 		return "-"
 	}
-	return lookup(r.P50, peer) + " / " + lookup(r.P99, peer)
+	return lookup(a, peer) + " / " + lookup(b, peer)
 }
 
 func spread(samples []float64) string {

@@ -1,0 +1,111 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+
+	"numastack/stack"
+)
+
+// numastackCommand returns the program that serves numastack's side of a row.
+func (b *bench) numastackCommand(self string, r row) (path string, args []string) {
+	if r.app() == "" {
+		return self, []string{roleServe, peerNumastack + "-" + string(r.door)}
+	}
+	args = []string{
+		"-tap", numastackTAP, "-addr", numastackServer + "/24", "-host", numastackClient + "/24",
+		"-mtu", strconv.Itoa(mtu), "-shards", "1", "-cpus", strconv.Itoa(b.serverCPU),
+	}
+	if r.spin {
+		args = append(args, "-spin", "1s") // longer than any answer takes
+	}
+	if r.load == loadHTTP {
+		engine := "shard"
+		if r.door == doorNet {
+			engine = "nethttp"
+		}
+		args = append(args, "-engine", engine, "-listen", ":"+strconv.Itoa(int(wellKnownPorts.http(r.door))))
+	}
+	return filepath.Join(b.apps, r.app()), args
+}
+
+// serveNumastack serves through one of the doors, on one shard on this process's first CPU.
+// Every door has echo; the last one has all services. The server's memory is always told
+// through the last one: it takes a goroutine that may stop the world.
+func serveNumastack(ctx context.Context, d door, ready func()) error {
+	// As the applications do: the collector and the goroutines would wait behind the shard.
+	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), 2))
+	s, err := stack.New(stack.Config{
+		Device:    numastackTAP,
+		Addrs:     []netip.Prefix{netip.MustParsePrefix(numastackServer + "/24")},
+		HostAddrs: []netip.Prefix{netip.MustParsePrefix(numastackClient + "/24")},
+		MTU:       mtu,
+		Shards:    1,
+		Logger:    slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})),
+	})
+	if err != nil {
+		return err
+	}
+	ctx, lost := context.WithCancelCause(ctx)
+	defer lost(nil)
+	go func() {
+		<-s.Done()
+		lost(s.Err())
+	}()
+	return errors.Join(serveDoor(ctx, s, d, ready), s.Err(), s.Close())
+}
+
+func serveDoor(ctx context.Context, s *stack.Stack, d door, ready func()) error {
+	what := services{portMemory: allServices[portMemory]}
+	address := net.JoinHostPort("", strconv.Itoa(portEcho))
+	var err error
+	switch d {
+	case doorEvents:
+		_, err = s.HandleTCP("tcp4", address, echoEvents{})
+	case doorShard:
+		_, err = s.Serve("tcp4", address, echo)
+	case doorNet:
+		what = allServices
+	default:
+		err = fmt.Errorf("door %q: accepted are %s, %s and %s", d, doorEvents, doorShard, doorNet)
+	}
+	if err != nil {
+		return err
+	}
+	return serve(ctx, what, func(port uint16) (net.Listener, error) {
+		return s.Listen("tcp4", net.JoinHostPort("", strconv.Itoa(int(port))))
+	}, ready)
+}
+
+// echoEvents is what apps/echo does on its echo port. It stands here because the memory of
+// a process can only be told by the process itself, after a collection.
+type echoEvents struct{}
+
+var _ stack.Handler = echoEvents{}
+
+// Open implements stack.Handler.
+func (echoEvents) Open(*stack.Conn) {}
+
+// Data implements stack.Handler.
+func (echoEvents) Data(c *stack.Conn, b []byte) int {
+	n, err := c.Write(b)
+	if err != nil {
+		c.Close()
+		return len(b)
+	}
+	return n
+}
+
+// Writable implements stack.Handler.
+func (echoEvents) Writable(*stack.Conn) {}
+
+// Close implements stack.Handler.
+func (echoEvents) Close(*stack.Conn, error) {}
