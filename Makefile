@@ -95,7 +95,7 @@ DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$
 endef
 
 setup: # the clients that tests and measurements start, and the TAP driver
-	$(call need,iperf3:iperf3 ip:iproute2)
+	$(call need,iperf3:iperf3 ip:iproute2 curl:curl wrk:wrk h2load:nghttp2-client redis-benchmark:redis-tools)
 	@[ -c /dev/net/tun ] || modprobe tun 2>/dev/null || \
 		echo "make $@: no /dev/net/tun and no module tun: tests that need a TAP device will skip" >&2
 
