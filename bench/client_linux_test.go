@@ -115,7 +115,7 @@ func TestClientCounts(t *testing.T) {
 		{loadPingPong, 64},
 		{loadShort, 8},
 		{loadHTTP, 64},
-		{loadIdle, 64},
+		{loadIdle, 800},
 	}
 	for _, tt := range tests {
 		t.Run(string(tt.load), func(t *testing.T) {
@@ -158,12 +158,11 @@ func TestClientCounts(t *testing.T) {
 				if got := counts.conns.Load(); s.Ops != slack || got != slack+2 {
 					t.Errorf("client counted %d connections, server %d, want %d and 2 more", s.Ops, got, slack)
 				}
-				// Of every handler's buffer.
-				if want := slack * 4 << 10; s.Memory.Heap < want || s.Memory.Heap > 8*want {
-					t.Errorf("the heap grew by %d bytes, want %d and some more", s.Memory.Heap, want)
-				}
-				if s.Memory.Stacks <= 0 {
-					t.Errorf("the stacks grew by %d bytes, want more than 0", s.Memory.Stacks)
+				// Of every handler's buffer. The server runs in this process,
+				// which frees memory of its own meanwhile, up to half a megabyte
+				// in what was seen, and stacks above all.
+				if buffers := slack * 4 << 10; s.Memory.Heap < buffers/2 || s.Memory.Heap > 8*buffers {
+					t.Errorf("the heap grew by %d bytes, want %d give or take", s.Memory.Heap, buffers)
 				}
 			case loadShort:
 				if got := counts.conns.Load(); got < s.Ops || got > s.Ops+slack {

@@ -12,22 +12,26 @@
 //  4. process: TCP of every endpoint that got segments (inline.go)
 //  5. timers: retransmission, keep-alive and the like (clock.go)
 //  6. run: tasks from other goroutines (mail.go), then the application: events
-//     of connections and sockets (conn.go, listener.go, udp.go)
-//  7. flush: what the turn sends, without the ACKs that became needless (tx.go)
+//     of connections and sockets (conn.go, listener.go, udp.go), or blocking
+//     handlers that go on as coroutines (coroutine.go, offload.go)
+//  7. flush: what the turn sends, without the ACKs that became needless (tx.go);
+//     without kernel steering on the queue where the flow arrives (arrivals.go)
 //  8. wait: look for work for a while, then block (Shard.wait)
 //
 // Who owns what: a [Group] and everything in it (netstack, device, clock,
 // connections) belongs to the thread of the shard that owns the group. Other
 // goroutines reach it through the shard's mailbox, and a [NetConn]'s bytes pass
-// through two single-producer, single-consumer rings. Frames for another shard
-// go through a bounded ring per pair of shards.
+// through two single-producer, single-consumer rings (netconn.go, bytering.go).
+// Frames for another shard go through a bounded ring per pair of shards. One
+// goroutine per [Set] watches for handlers that hold their shard (watchdog.go).
 //
 // Limits: receive buffers per shard, connections per shard, frames per ring,
-// accept backlog per listener and group, datagrams per [NetPacketConn]; each
-// has a counter in [Counters] that says when it was hit.
+// accept backlog per listener and group, datagrams per [NetPacketConn], bytes
+// per [NetConn] ring, offloaded functions per shard; each
+// has a counter in [Counters] that says when it was hit, or makes its user wait.
 //
 // What it does not do: open the device or choose the CPUs (packages dispatch
-// and stack), move a group to another shard, or run blocking code on a shard.
+// and stack), or move a group to another shard.
 //
 // This is the only package of the stack that imports gVisor, and
 // inline_unsafe.go the only file that reaches into it.
