@@ -42,8 +42,9 @@ integration: setup ## run the tests with real TAP devices and real clients
 	NUMASTACK_SOAK=1 $(GO) test -p 1 -shuffle=on $(TESTFLAGS) ./integration/...
 
 # One package at a time: pinned threads of two packages would wait for each other.
-race: setup setup-race ## run all tests under the race detector
-	$(GO) test -p 1 -race -shuffle=on $(TESTFLAGS) ./...
+# The short versions: the detector makes the long ones take a quarter of an hour.
+race: setup setup-race ## run all tests, in their short versions, under the race detector
+	$(GO) test -p 1 -race -short -shuffle=on $(TESTFLAGS) ./...
 
 # `go test -fuzz` takes one target of one package, so list them first.
 fuzz: ## run each fuzz target for FUZZTIME (20s)
