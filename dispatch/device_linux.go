@@ -86,6 +86,20 @@ func (d *Device) AttachSteering(progFD int) error {
 	return nil
 }
 
+// Discard throws away the frames that wait in the queues: what the kernel put
+// there before it steered is on the wrong queue as often as not. To be called
+// before the shards read.
+func (d *Device) Discard() {
+	var b [VnetHeaderLen + ethernetLen]byte // the rest of a frame goes with it
+	for _, q := range d.queues {
+		for range maxTxQueueLen {
+			if _, errno := q.Read(b[:]); errno != 0 {
+				break
+			}
+		}
+	}
+}
+
 // DetachSteering goes back to the kernel's own choice of queues: the one that
 // last sent a frame of the same flow, else a hash.
 func (d *Device) DetachSteering() error {

@@ -45,6 +45,9 @@ func (d *Device) Queue(int) *Queue { return nil }
 // AttachSteering is never called.
 func (d *Device) AttachSteering(int) error { return errors.ErrUnsupported }
 
+// Discard is never called.
+func (d *Device) Discard() {}
+
 // DetachSteering is never called.
 func (d *Device) DetachSteering() error { return errors.ErrUnsupported }
 

@@ -381,3 +381,20 @@ func TestQueueAllocatesNothing(t *testing.T) {
 		t.Errorf("%v allocations, want none", allocs)
 	}
 }
+
+// What the kernel put into the queues before it steered is thrown away; what
+// comes later is not.
+func TestDiscard(t *testing.T) {
+	tapNetns(t)
+	d := openForTest(t, DeviceConfig{
+		Name: "tap0", HostAddrs: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/24")}, Queues: 2,
+	})
+	for range 3 {
+		sendUDP(t, d, 0, []byte("early"))
+	}
+	d.Discard()
+	sendUDP(t, d, 0, []byte("late"))
+	if _, _, frame := nextUDP(t, d); !bytes.HasSuffix(frame, []byte("late")) {
+		t.Errorf("read %q after Discard, want what was sent later", frame)
+	}
+}

@@ -115,6 +115,7 @@ func (s *Stack) steer(key dispatch.Key, reta *dispatch.RETA) (err error) {
 	}
 	if err == nil {
 		s.steering = SteeringKernel
+		s.device.Discard()
 		return nil
 	}
 	if s.cfg.Steering == SteeringKernel {
