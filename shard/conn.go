@@ -160,23 +160,19 @@ func (c *Conn) serve(s *Shard) {
 		c.h.Writable(c)
 	}
 	err := c.receive(s)
-	if err == io.EOF { // errno returns it bare
-		if h, ok := c.h.(HalfCloser); ok && !c.eof {
-			c.eof = true
-			h.EOF(c)
-			c.enqueue() // our side may be closed already: then this was all
-		} else {
-			c.serving = false
-			c.finish(nil)
-			return
-		}
-	} else if err != nil {
-		c.serving = false
-		c.finish(err)
-		return
+	if h, ok := c.h.(HalfCloser); ok && err == io.EOF && !c.eof { // errno returns it bare
+		c.eof = true
+		h.EOF(c)
+		c.enqueue() // our side may be closed already: then this was all
+		err = nil
 	}
 	c.serving = false
-	if c.closing {
+	switch {
+	case err == io.EOF:
+		c.finish(nil)
+	case err != nil:
+		c.finish(err)
+	case c.closing:
 		c.finish(net.ErrClosed)
 	}
 }
@@ -225,7 +221,7 @@ func (c *Conn) receive(s *Shard) error {
 			if _, ok := err.(*tcpip.ErrWouldBlock); ok {
 				return nil
 			}
-			if _, ok := err.(*tcpip.ErrClosedForReceive); ok && tcp.EndpointState(c.ep.State()) == tcp.StateError {
+			if _, ok := err.(*tcpip.ErrClosedForReceive); ok && state == tcp.StateError {
 				return c.cause()
 			}
 			return errno(err)

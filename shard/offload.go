@@ -21,7 +21,7 @@ type offloadPool struct {
 // newOffloadPool starts n threads for the shards of a node.
 func newOffloadPool(node, shards, n int) *offloadPool {
 	p := &offloadPool{queue: make(chan *ServedConn, shards*offloadsPerShard)}
-	cpus := foreignNodes(node)
+	cpus := nodeCPUs(node)
 	for range n {
 		p.ended.Go(func() {
 			if cpus != nil {
@@ -39,8 +39,8 @@ func newOffloadPool(node, shards, n int) *offloadPool {
 	return p
 }
 
-// foreignNodes returns the node's CPUs, or nil when there is no other node.
-func foreignNodes(node int) []int {
+// nodeCPUs returns the node's CPUs, or nil when there is no other node.
+func nodeCPUs(node int) []int {
 	all, err := numaalloc.AllowedCPUs()
 	if err != nil {
 		return nil

@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 
 	"numastack/dispatch"
 )
@@ -15,8 +16,6 @@ import (
 // a core's second-level cache; with more the buffers go cold before the
 // application has read them.
 const rxBudget = 16
-
-const protoTCP = 6 // IANA protocol number
 
 // loop is the life of a shard: turns, and a wait when they find no work.
 func (s *Shard) loop() {
@@ -115,7 +114,7 @@ func (s *Shard) steer(buf *rxBuffer, n int) {
 			s.dropped[dropOtherHost]++
 			return
 		}
-		if parsed.Fragment && parsed.Proto == protoTCP {
+		if parsed.Fragment && parsed.Proto == uint8(header.TCPProtocolNumber) {
 			// Fragments go by address, so the segment would come together in a
 			// group that has no such connection, and earn it a reset.
 			s.dropped[dropTCPFragment]++
