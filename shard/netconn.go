@@ -471,6 +471,9 @@ func (n *NetConn) goodbye() {
 // goodbye when the last one was moved. Called by the shard.
 func (n *NetConn) drain() {
 	c := n.c
+	// Loaded before the look into the ring: what was written before Close and
+	// CloseWrite is then seen by it.
+	closed, closedWrite := n.closed.Load(), n.closedWrite.Load()
 	moved := 0
 	for {
 		b := n.out.peek()
@@ -500,9 +503,9 @@ func (n *NetConn) drain() {
 	}
 	n.out.release()
 	switch {
-	case n.closed.Load():
+	case closed:
 		c.Close()
-	case n.closedWrite.Load() && !n.finSent:
+	case closedWrite && !n.finSent:
 		n.finSent = true
 		_ = c.CloseWrite() // fails when the connection is over, and then needs none
 	}

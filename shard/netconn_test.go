@@ -6,12 +6,14 @@ import (
 	"crypto/sha256"
 	"errors"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -381,5 +383,40 @@ func TestPortInUse(t *testing.T) {
 		t.Errorf("listener on a port that was closed: %v", err)
 	} else {
 		l.Close()
+	}
+}
+
+// A goroutine that writes and then ends its side while the shard drains the
+// ring: the FIN never goes before the bytes, wherever the shard is just then.
+func TestNetConnFINFollowsTheLastWrite(t *testing.T) {
+	a, b := startPair(t, nil)
+	n, _ := netPair(t, a, b)
+	_ = n.SetLinger(0)
+	_ = n.Close()
+	a.Close() // so that the shard is no other than this goroutine, and writes fail at once
+	n.closed.Store(false)
+	var turn atomic.Int64 // the round that the writer may begin
+	go func() {
+		for round := int64(1); ; round++ {
+			for turn.Load() < round {
+			}
+			if turn.Load() == math.MaxInt64 {
+				return
+			}
+			n.out.write([]byte{1})
+			n.closedWrite.Store(true)
+		}
+	}()
+	defer turn.Store(math.MaxInt64)
+	for round := range int64(200_000) {
+		n.finSent = false
+		n.closedWrite.Store(false)
+		turn.Store(round + 1)
+		for !n.finSent {
+			n.drain()
+		}
+		if left := n.out.len(); left > 0 {
+			t.Fatalf("round %d: FIN with %d bytes still in the ring", round, left)
+		}
 	}
 }
