@@ -53,7 +53,8 @@ type HalfCloser interface {
 // shard, from its Handler's events or from a function that Do runs.
 type Conn struct {
 	g     *Group
-	ep    tcpip.Endpoint
+	ep    *tcp.Endpoint
+	flow  flow
 	wq    *waiter.Queue
 	entry waiter.Entry
 	h     Handler
@@ -109,7 +110,7 @@ func (l *connList) all(yield func(*Conn) bool) {
 }
 
 func (g *Group) newConn(ep tcpip.Endpoint, wq *waiter.Queue, h Handler) *Conn {
-	c := &Conn{g: g, ep: ep, wq: wq, h: h}
+	c := &Conn{g: g, ep: ep.(*tcp.Endpoint), wq: wq, h: h}
 	c.entry.Init(c, waiter.ReadableEvents|waiter.WritableEvents|waiter.EventErr|waiter.EventHUp)
 	wq.EventRegister(&c.entry)
 	g.conns.add(c)
@@ -147,6 +148,7 @@ func (c *Conn) serve(s *Shard) {
 	if !c.opened {
 		c.opened = true
 		c.tune(s)
+		c.g.addFlow(c)
 		c.h.Open(c)
 	}
 	if c.served != nil {
@@ -292,6 +294,7 @@ func (c *Conn) finish(err error) {
 		c.ep.Close()
 	}
 	c.g.conns.remove(c)
+	c.g.removeFlow(c)
 	c.g.load.Add(-1)
 	c.g.shard.counters.ConnsOpen--
 }

@@ -7,15 +7,17 @@
 //  1. read: up to a budget of frames, each into a receive buffer (rx.go)
 //  2. steer: parse and hash; the flow's group is mine, or its owner's ring gets
 //     the frame
-//  3. deliver: the group's gVisor netstack does IP, and TCP segments are queued
-//     on their endpoints (group.go, link.go)
+//  3. deliver: a segment of an open connection is queued on its endpoint
+//     (flow.go); for all else the group's gVisor netstack does IP and finds the
+//     endpoint (group.go, link.go)
 //  4. process: TCP of every endpoint that got segments (inline.go)
 //  5. timers: retransmission, keep-alive and the like (clock.go)
 //  6. run: tasks from other goroutines (mail.go), then the application: events
 //     of connections and sockets (conn.go, listener.go, udp.go), or blocking
 //     handlers that go on as coroutines (coroutine.go, offload.go)
-//  7. flush: what the turn sends, without the ACKs that became needless (tx.go);
-//     without kernel steering on the queue where the flow arrives (arrivals.go)
+//  7. flush: acknowledge what no answer has (flow.go), and write what the turn
+//     sends (tx.go); without kernel steering on the queue where the flow
+//     arrives (arrivals.go)
 //  8. wait: look for work for a while, then block (Shard.wait)
 //
 // Who owns what: a [Group] and everything in it (netstack, device, clock,

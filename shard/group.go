@@ -42,6 +42,7 @@ type Group struct {
 	active bool // in shard.active
 
 	conns     connList
+	flows     map[uint32]*Conn // open connections by the hash of their frames
 	listeners map[*listenerPart]struct{}
 	sockets   map[*Socket]struct{}
 	frames    uint64 // delivered
@@ -54,6 +55,7 @@ func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
 	g := &Group{
 		id:        id,
 		shard:     s,
+		flows:     make(map[uint32]*Conn),
 		listeners: make(map[*listenerPart]struct{}),
 		sockets:   make(map[*Socket]struct{}),
 	}
@@ -159,7 +161,11 @@ func (g *Group) deliver(vnet *dispatch.VnetHeader, p *dispatch.Parsed, frame []b
 	}
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: packet})
 	g.link.vouched = vnet.Flags&(dispatch.VnetNeedsCsum|dispatch.VnetDataValid) != 0
-	g.link.dispatcher.DeliverNetworkPacket(protocolOf(frame), pkt)
+	if c := g.flowOf(p, frame); c != nil {
+		g.deliverSegment(c, p, frame, pkt)
+	} else {
+		g.link.dispatcher.DeliverNetworkPacket(protocolOf(frame), pkt)
+	}
 	pkt.DecRef()
 }
 

@@ -23,10 +23,11 @@ type inlineTCP struct {
 	stack.TransportProtocol
 	stack.SendBufSizeProto // asserted by gVisor at the first ACK of sent data
 
-	g       *Group
-	stats   tcpip.TCPStats  // gVisor's counters, which its own processor would raise
-	touched []*tcp.Endpoint // endpoints with segments of this burst
-	strays  []strayQueue    // where gVisor re-queues an endpoint by itself
+	g            *Group
+	stats        tcpip.TCPStats  // gVisor's counters, which its own processor would raise
+	touched      []*tcp.Endpoint // endpoints with segments of this burst
+	touchedConns []*Conn         // the same, of those whose frames take the short way
+	strays       []strayQueue    // where gVisor re-queues an endpoint by itself
 }
 
 func newInlineTCP(g *Group, s *stack.Stack) *inlineTCP {
@@ -45,27 +46,32 @@ func newInlineTCP(g *Group, s *stack.Stack) *inlineTCP {
 
 // QueuePacket implements gVisor's queued transport protocol.
 func (p *inlineTCP) QueuePacket(tep stack.TransportEndpoint, id stack.TransportEndpointID, pkt *stack.PacketBuffer) {
-	ep := tep.(*tcp.Endpoint)
+	if ep := tep.(*tcp.Endpoint); p.receive(ep, id, pkt) {
+		p.touch(ep)
+	}
+}
+
+// receive queues a segment on its endpoint and returns whether it is there.
+func (p *inlineTCP) receive(ep *tcp.Endpoint, id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	if !pkt.RXChecksumValidated {
 		if !validChecksum(pkt) {
 			p.stats.ChecksumErrors.Increment()
-			return
+			return false
 		}
 		pkt.RXChecksumValidated = true
 	}
 	s, err := newIncomingSegment(id, &p.g.clock, pkt)
 	if err != nil {
 		p.stats.InvalidSegmentsReceived.Increment()
-		return
+		return false
 	}
 	p.stats.ValidSegmentsReceived.Increment()
 	if header.TCP(pkt.TransportHeader().Slice()).Flags()&header.TCPFlagRst != 0 {
 		p.stats.ResetsReceived.Increment()
 	}
-	if enqueueSegment(ep, s) {
-		p.touch(ep)
-	}
+	queued := enqueueSegment(ep, s)
 	segmentDecRef(s)
+	return queued
 }
 
 // touch notes that ep has segments. A burst touches few endpoints of a group,
@@ -81,6 +87,12 @@ func (p *inlineTCP) touch(ep *tcp.Endpoint) {
 // that one of them touched in turn. It returns whether there was any.
 func (p *inlineTCP) process() (worked bool) {
 	for {
+		for i, c := range p.touchedConns {
+			p.runConn(c)
+			p.touchedConns[i] = nil
+			worked = true
+		}
+		p.touchedConns = p.touchedConns[:0]
 		for i := 0; i < len(p.touched); i++ {
 			p.run(p.touched[i])
 			p.touched[i] = nil

@@ -13,6 +13,8 @@ package shard
 //   - tcp.Endpoint has a field segmentQueue of type segmentQueue;
 //   - tcp.protocol has a field dispatcher with a slice processors, whose
 //     elements begin with a queue of endpoints named epQ;
+//   - tcp.Endpoint has fields snd and rcv, pointers to a sender and a receiver
+//     with the exported TCPSenderState.MaxSentAck and TCPReceiverState.RcvNxt;
 //   - buffer.View has a method sharesChunk.
 //
 // What would end the need: an option of gVisor's TCP to process segments in
@@ -25,6 +27,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/seqnum"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
@@ -56,6 +59,9 @@ func handleTimeWait(e *tcp.Endpoint)
 //go:linkname handleListen gvisor.dev/gvisor/pkg/tcpip/transport/tcp.handleListen
 func handleListen(e *tcp.Endpoint)
 
+//go:linkname senderSendAck gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*sender).sendAck
+func senderSendAck(s unsafe.Pointer)
+
 //go:linkname segmentQueueEmpty gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*segmentQueue).empty
 func segmentQueueEmpty(q unsafe.Pointer) bool
 
@@ -76,6 +82,34 @@ func field(t reflect.Type, name, typ string) (reflect.Type, uintptr) {
 	}
 	return f.Type, f.Offset
 }
+
+var (
+	sender, senderOffset               = field(reflect.TypeFor[tcp.Endpoint](), "snd", "*tcp.sender")
+	senderState, senderStateOffset     = field(sender.Elem(), "TCPSenderState", "tcp.TCPSenderState")
+	_, maxSentAckOffset                = field(senderState, "MaxSentAck", "seqnum.Value")
+	receiver, receiverOffset           = field(reflect.TypeFor[tcp.Endpoint](), "rcv", "*tcp.receiver")
+	receiverState, receiverStateOffset = field(receiver.Elem(), "TCPReceiverState", "tcp.TCPReceiverState")
+	_, rcvNxtOffset                    = field(receiverState, "RcvNxt", "seqnum.Value")
+)
+
+// below returns the address at offset in what the pointer at e+pointer points to.
+func below(e *tcp.Endpoint, pointer, offset uintptr) unsafe.Pointer {
+	return unsafe.Add(*(*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(e), pointer)), offset)
+}
+
+// acknowledged returns where e keeps the highest acknowledgement it has sent.
+// Like received and sendAck it is for endpoints that have been connected.
+func acknowledged(e *tcp.Endpoint) *seqnum.Value {
+	return (*seqnum.Value)(below(e, senderOffset, senderStateOffset+maxSentAckOffset))
+}
+
+// received returns where e keeps the sequence number that it expects next.
+func received(e *tcp.Endpoint) *seqnum.Value {
+	return (*seqnum.Value)(below(e, receiverOffset, receiverStateOffset+rcvNxtOffset))
+}
+
+// sendAck sends a pure ACK. The caller has locked e.
+func sendAck(e *tcp.Endpoint) { senderSendAck(below(e, senderOffset, 0)) }
 
 // segmentsQueued reports whether e holds segments that were not processed.
 func segmentsQueued(e *tcp.Endpoint) bool {

@@ -24,6 +24,7 @@ const (
 type link struct {
 	g          *Group
 	dispatcher stack.NetworkDispatcher
+	sent       uint64 // packets that the netstack has sent
 	mtu        uint32
 	mac        tcpip.LinkAddress
 	gso        bool // the kernel takes segments larger than the MTU
@@ -47,6 +48,7 @@ var (
 // WritePacket implements stack.QueueingDiscipline. Being the discipline itself
 // spares the list that gVisor's own one makes for each packet.
 func (l *link) WritePacket(pkt *stack.PacketBuffer) tcpip.Error {
+	l.sent++
 	if !l.muted || !isNeighborAnswer(pkt) {
 		l.g.shard.tx.push(pkt)
 	}

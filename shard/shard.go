@@ -43,6 +43,8 @@ type Shard struct {
 	rx           rxBuffers
 	wakeList     []*Shard // shards that got a frame in this burst
 	scratch      *scratch
+	owed         []*Conn                  // connections that received something in this turn
+	delayed      delayedAckQueue          // those whose peers wait for an acknowledgement
 	served       map[*ServedConn]struct{} // handlers that have not ended
 	offloading   int                      // functions that the pool has
 	offloadWaits []*ServedConn            // handlers whose function waits for room there

@@ -42,6 +42,7 @@ func (s *Shard) turn() bool {
 	work += s.readRings()
 	s.process()
 	work += s.fireTimers()
+	work += s.delayedAcks()
 	if s.mail.read(s) {
 		work++
 	}
@@ -49,6 +50,7 @@ func (s *Shard) turn() bool {
 	// What the application did to a connection of its own stack, and what the
 	// timers left behind.
 	s.process()
+	s.acknowledge()
 	work += s.tx.flush()
 	return work > 0
 }
@@ -264,7 +266,7 @@ func (s *Shard) wait() {
 		s.parked.Store(false)
 		return
 	}
-	deadline := s.earliest
+	deadline := s.deadline()
 	fds := [2]unix.PollFd{
 		{Fd: int32(s.eventFD), Events: unix.POLLIN},
 		{Fd: int32(s.queue.FD()), Events: unix.POLLIN},
@@ -288,6 +290,9 @@ func (s *Shard) wait() {
 	s.now = max(s.readClock(), s.now)
 	s.lastWork = s.now
 }
+
+// deadline returns when there is work although nothing arrives.
+func (s *Shard) deadline() int64 { return min(s.earliest, s.delayed.next()) }
 
 func (s *Shard) ringsFilled() bool {
 	for _, ring := range s.inbox {

@@ -1,0 +1,369 @@
+package shard
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/gopacket"
+	"github.com/google/gopacket/layers"
+
+	"numastack/dispatch"
+)
+
+// TestShortWay: a request and its answer are two frames, and the netstack's IP
+// layer sees neither.
+func TestShortWay(t *testing.T) {
+	for _, remote := range []netip.Addr{addrB, addr6[1]} {
+		t.Run(remote.String(), func(t *testing.T) {
+			a, b := steppedPair(t)
+			var g *Group
+			h := echoHandler()
+			h.open = func(c *Conn) { g = c.g }
+			listenStepped(t, b, 7, h)
+			var got int
+			client := dialStepped(t, a, netip.AddrPortFrom(remote, 7), &testHandler{data: func(_ *Conn, p []byte) int { got += len(p); return len(p) }})
+			settle(t, a, b)
+			exchange := func() {
+				if _, err := client.Write([]byte("request")); err != nil {
+					t.Fatal(err)
+				}
+				settle(t, a, b)
+			}
+			exchange()
+			packets, before := g.stack.Stats().IP.PacketsReceived.Value(), b.count()
+			const rounds = 10
+			for range rounds {
+				exchange()
+			}
+			after := b.count()
+			if want := (1 + rounds) * len("request"); got != want {
+				t.Fatalf("the echo brought %d bytes, want %d", got, want)
+			}
+			if n := after.TxFrames - before.TxFrames; n != rounds {
+				t.Errorf("%d frames sent for %d answers", n, rounds)
+			}
+			if n := after.AcksSuperseded - before.AcksSuperseded; n != rounds {
+				t.Errorf("%d superseded ACKs counted for %d answers", n, rounds)
+			}
+			if n := g.stack.Stats().IP.PacketsReceived.Value() - packets; n != 0 {
+				t.Errorf("%d of %d packets took the netstack's way", n, rounds)
+			}
+			if g.frames < rounds {
+				t.Errorf("%d frames counted", g.frames)
+			}
+			client.Close()
+			settle(t, a, b)
+			if n := len(g.flows) + len(client.g.flows); n != 0 {
+				t.Errorf("%d flows left after both ends closed", n)
+			}
+		})
+	}
+}
+
+// rawPeer is the other end of a connection, frame by frame.
+type rawPeer struct {
+	t        *testing.T
+	s        *Shard
+	h        *testHandler
+	conn     *Conn
+	got      string // what the handler received
+	seq, ack uint32 // what it sends next, and has acknowledged
+}
+
+const rawPort = 40_000
+
+var rawPeerAddr = netip.MustParseAddr("10.1.0.9")
+
+// newRawPeer opens a connection to port 7 of s.
+func newRawPeer(t *testing.T, s *Shard) *rawPeer {
+	t.Helper()
+	r := &rawPeer{t: t, s: s, seq: 1000}
+	r.h = &testHandler{
+		open: func(c *Conn) { r.conn = c },
+		data: func(_ *Conn, p []byte) int { r.got += string(p); return len(p) },
+	}
+	listenStepped(t, s, 7, r.h)
+	local := addrB.As4()
+	inject(t, s, dispatch.VnetHeader{}, // so that its address is known
+		&layers.Ethernet{SrcMAC: []byte{2, 0, 0, 0, 0, 9}, DstMAC: []byte{255, 255, 255, 255, 255, 255}, EthernetType: layers.EthernetTypeARP},
+		&layers.ARP{
+			AddrType: layers.LinkTypeEthernet, Protocol: layers.EthernetTypeIPv4, HwAddressSize: 6, ProtAddressSize: 4,
+			Operation: layers.ARPRequest, SourceHwAddress: []byte{2, 0, 0, 0, 0, 9}, SourceProtAddress: rawPeerAddr.AsSlice(),
+			DstHwAddress: make([]byte, 6), DstProtAddress: local[:],
+		})
+	r.receive()
+	r.send(&layers.TCP{SYN: true}, 0, "")
+	answer := r.receive()
+	if len(answer) != 1 || !answer[0].SYN || !answer[0].ACK {
+		t.Fatalf("SYN was answered with %s", show(answer))
+	}
+	r.seq++
+	r.ack = answer[0].Seq + 1
+	r.send(&layers.TCP{ACK: true}, 0, "")
+	if answer := r.receive(); len(answer) != 0 || r.conn == nil {
+		t.Fatalf("end of the handshake was answered with %s, connection open: %v", show(answer), r.conn != nil)
+	}
+	return r
+}
+
+// ip is the header of what it sends.
+func (r *rawPeer) ip() *layers.IPv4 {
+	return &layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolTCP, SrcIP: rawPeerAddr.AsSlice(), DstIP: addrB.AsSlice()}
+}
+
+// send sends a segment that begins offset bytes after what was sent before, and
+// does not remember it.
+func (r *rawPeer) send(tcp *layers.TCP, offset uint32, payload string) {
+	r.t.Helper()
+	r.sendIP(r.ip(), tcp, offset, payload)
+}
+
+func (r *rawPeer) sendIP(ip *layers.IPv4, tcp *layers.TCP, offset uint32, payload string) {
+	r.t.Helper()
+	tcp.SrcPort, tcp.DstPort, tcp.Seq, tcp.Ack, tcp.Window = rawPort, 7, r.seq+offset, r.ack, 65535
+	if err := tcp.SetNetworkLayerForChecksum(ip); err != nil {
+		r.t.Fatal(err)
+	}
+	inject(r.t, r.s, dispatch.VnetHeader{}, ethernetTo(r.s), ip, tcp, gopacket.Payload(payload))
+}
+
+// data sends the next bytes of the stream in one segment.
+func (r *rawPeer) data(payload string) {
+	r.t.Helper()
+	r.send(&layers.TCP{ACK: true, PSH: true}, 0, payload)
+	r.seq += uint32(len(payload))
+}
+
+// receive runs the shard and returns the segments that it sent.
+func (r *rawPeer) receive() (segments []*layers.TCP) {
+	r.t.Helper()
+	settle(r.t, r.s)
+	fd, _ := cables.Load(r.s.queue.FD())
+	queue := dispatch.NewQueue(fd.(int))
+	for {
+		frame := make([]byte, rxBufferLen)
+		n, errno := queue.Read(frame)
+		if errno != 0 {
+			return segments
+		}
+		p := gopacket.NewPacket(frame[dispatch.VnetHeaderLen:n], layers.LayerTypeEthernet, gopacket.Default)
+		if tcp, ok := p.Layer(layers.LayerTypeTCP).(*layers.TCP); ok {
+			segments = append(segments, tcp)
+		}
+	}
+}
+
+// later moves the shard's clock.
+func (r *rawPeer) later(d time.Duration) {
+	before := r.s.readClock
+	r.s.readClock = func() int64 { return before() + int64(d) }
+}
+
+// want receives and checks that there are n pure ACKs, the last one of
+// everything up to seq.
+func (r *rawPeer) want(what string, n int, seq uint32) {
+	r.t.Helper()
+	got := r.receive()
+	if len(got) != n {
+		r.t.Fatalf("%s: answered with %d segments, want %d: %s", what, len(got), n, show(got))
+	}
+	for _, tcp := range got {
+		if len(tcp.Payload) > 0 || !tcp.ACK || tcp.Ack != seq {
+			r.t.Errorf("%s: answered with %s, want ack %d", what, show(got), seq)
+		}
+	}
+}
+
+func show(segments []*layers.TCP) (s string) {
+	for _, tcp := range segments {
+		s += fmt.Sprintf("[syn %v fin %v rst %v ack %d, %d bytes]", tcp.SYN, tcp.FIN, tcp.RST, tcp.Ack, len(tcp.Payload))
+	}
+	return s + "."
+}
+
+// TestAcknowledgements: when a pure ACK is sent (RFC 5681 section 4.2).
+func TestAcknowledgements(t *testing.T) {
+	_, b := steppedPair(t)
+	r := newRawPeer(t, b)
+
+	// Nobody answers: the first one waits as long as it may.
+	r.data("one")
+	r.want("a segment", 0, 0)
+	r.later(ackDelay / 2)
+	r.want("half the delay later", 0, 0)
+	r.later(ackDelay / 2)
+	r.want("after the delay", 1, r.seq)
+	r.later(ackDelay)
+	r.want("another delay later", 0, 0)
+
+	// An application that only listens is not waited for.
+	for range quickAcks {
+		r.data("more")
+		r.want("a segment after a delay in vain", 1, r.seq)
+	}
+	r.data("and more")
+	r.want("a segment after those", 0, 0)
+
+	// The second segment ends the wait of the first.
+	r.data("second")
+	r.want("a second segment", 1, r.seq)
+	r.later(2 * ackDelay)
+	r.want("a delay after that", 0, 0)
+
+	// More than a usual segment in one frame is not kept waiting either.
+	r.data(strings.Repeat("x", 1461))
+	r.want("a super-frame", 1, r.seq)
+
+	// Segments that do not continue the stream are answered at once, all of them.
+	r.send(&layers.TCP{ACK: true}, 3, "def")
+	r.want("a segment behind a gap", 1, r.seq)
+	r.data("abc")
+	r.seq += 3
+	r.want("the segment that fills it", 1, r.seq)
+	r.send(&layers.TCP{ACK: true}, ^uint32(2), "def")
+	r.want("a segment that was there before", 1, r.seq)
+
+	// An answer carries the acknowledgement, also one that waited.
+	var answer string
+	r.h.data = func(c *Conn, p []byte) int {
+		if _, err := c.Write([]byte(answer)); err != nil {
+			t.Error(err)
+		}
+		return len(p)
+	}
+	r.data("wait")
+	r.want("a segment that is not answered", 0, 0)
+	if n := len(b.delayed.all); n != 1 {
+		t.Errorf("%d acknowledgements wait, want 1", n)
+	}
+	answer = "here"
+	r.data("now")
+	if got := r.receive(); len(got) != 1 || string(got[0].Payload) != answer || got[0].Ack != r.seq {
+		t.Errorf("answered with %s, want one segment with ack %d", show(got), r.seq)
+	}
+	r.ack += uint32(len(answer))
+	r.later(2 * ackDelay)
+	r.want("long after the answer", 0, 0)
+
+	// So the next one waits anew, and as long.
+	r.h.data = nil
+	r.data("wait")
+	r.want("a segment after an answer", 0, 0)
+	if want := b.now + int64(ackDelay); b.deadline() > want {
+		t.Errorf("the shard sleeps until %d, want %d", b.deadline(), want)
+	}
+	r.later(ackDelay / 2)
+	r.want("half a delay later", 0, 0)
+	if _, err := r.conn.Write([]byte(answer)); err != nil {
+		t.Fatal(err)
+	}
+	if got := r.receive(); len(got) != 1 || got[0].Ack != r.seq {
+		t.Errorf("wrote %s, want one segment with ack %d", show(got), r.seq)
+	}
+	r.ack += uint32(len(answer))
+	r.data("wait")
+	r.want("another segment", 0, 0)
+	r.later(ackDelay * 3 / 4)
+	r.want("after the delay of the one that was answered", 0, 0)
+	r.later(ackDelay / 4)
+	r.want("after its own delay", 1, r.seq)
+
+	// A FIN is acknowledged at once.
+	r.send(&layers.TCP{ACK: true, FIN: true}, 0, "bye")
+	got := r.receive()
+	if len(got) == 0 || got[0].Ack != r.seq+4 {
+		t.Errorf("FIN was answered with %s, want ack %d", show(got), r.seq+4)
+	}
+	if n := len(b.delayed.all) + len(b.owed); n != 0 {
+		t.Errorf("%d acknowledgements wait for a connection that is over", n)
+	}
+}
+
+// TestSegmentsOffTheShortWay: what an open connection's frames may have wrong
+// or unusual.
+func TestSegmentsOffTheShortWay(t *testing.T) {
+	_, b := steppedPair(t)
+	r := newRawPeer(t, b)
+	ip := r.conn.g.stack.Stats().IP
+	segment := &layers.TCP{ACK: true, PSH: true}
+	const payload = "payload"
+
+	frame := func() []byte {
+		buf := gopacket.NewSerializeBuffer()
+		head := r.ip()
+		segment.SrcPort, segment.DstPort, segment.Seq, segment.Ack, segment.Window = rawPort, 7, r.seq, r.ack, 65535
+		_ = segment.SetNetworkLayerForChecksum(head)
+		if err := gopacket.SerializeLayers(buf, gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, ethernetTo(b), head, segment, gopacket.Payload(payload)); err != nil {
+			t.Fatal(err)
+		}
+		return append(make([]byte, dispatch.VnetHeaderLen), buf.Bytes()...)
+	}
+
+	bad := frame()
+	bad[len(bad)-1]++
+	write(t, b, bad)
+	settle(t, b)
+	if n := b.count().Groups[r.conn.g.id].ChecksumErrors; r.got != "" || n != 1 {
+		t.Errorf("wrong TCP checksum: received %q, %d errors counted", r.got, n)
+	}
+
+	bad = frame()
+	bad[dispatch.VnetHeaderLen+ethernetLen+10]++
+	malformed := ip.MalformedPacketsReceived.Value()
+	write(t, b, bad)
+	settle(t, b)
+	if n := ip.MalformedPacketsReceived.Value() - malformed; r.got != "" || n != 1 {
+		t.Errorf("wrong IP checksum: received %q, %d errors counted", r.got, n)
+	}
+
+	packets := ip.PacketsReceived.Value()
+	withOptions := r.ip()
+	withOptions.Options = []layers.IPv4Option{{OptionType: 1}, {OptionType: 1}, {OptionType: 1}, {OptionType: 0}} // no operation, end (RFC 791)
+	r.sendIP(withOptions, &layers.TCP{ACK: true, PSH: true}, 0, payload)
+	r.seq += uint32(len(payload))
+	settle(t, b)
+	if n := ip.PacketsReceived.Value() - packets; r.got != payload || n != 1 {
+		t.Errorf("IP options: received %q, want %q; %d packets went through IP", r.got, payload, n)
+	}
+
+	// Another connection has the same hash.
+	other := &Conn{ep: r.conn.ep}
+	b.groups[r.conn.g.id].flows[r.conn.flow.hash] = other
+	r.data(payload)
+	settle(t, b)
+	if r.got != payload+payload {
+		t.Errorf("same hash: received %q, want %q", r.got, payload+payload)
+	}
+	if other.flow.waiting != 0 {
+		t.Error("a segment was given to the connection with the same hash")
+	}
+	r.conn.g.addFlow(r.conn)
+	if r.conn.g.removeFlow(r.conn); r.conn.g.flows[r.conn.flow.hash] != other {
+		t.Error("the other one was forgotten")
+	}
+	r.conn.g.flows[r.conn.flow.hash] = r.conn
+
+	// It is open no more, on one side.
+	if err := r.conn.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	r.receive()
+	packets = ip.PacketsReceived.Value()
+	r.data(payload)
+	settle(t, b)
+	if n := ip.PacketsReceived.Value() - packets; r.got != payload+payload+payload || n != 1 {
+		t.Errorf("after CloseWrite: received %q; %d packets went through IP", r.got, n)
+	}
+
+	// A reset ends the connection also on the short way.
+	var closed error
+	r.h.close = func(_ *Conn, err error) { closed = err }
+	r.send(&layers.TCP{RST: true, ACK: true}, 0, "")
+	settle(t, b)
+	if closed == nil || len(r.conn.g.flows) != 0 {
+		t.Errorf("reset: closed with %v, %d flows left", closed, len(r.conn.g.flows))
+	}
+}
