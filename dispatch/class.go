@@ -11,8 +11,9 @@ const (
 	// ClassFlow frames go to one flow group: the hash decides.
 	ClassFlow Class = iota
 
-	// ClassNeighbor is ARP and NDP (ICMPv6 133 to 137, RFC 4861): every group
-	// learns from it, one answers.
+	// ClassNeighbor is what every group learns from and one answers: ARP, NDP
+	// (ICMPv6 133 to 137, RFC 4861), IGMP and MLD (ICMPv6 130 to 132 and 143,
+	// RFC 2710 and 3810).
 	ClassNeighbor
 
 	// ClassTruncated frames end before the length they claim.
@@ -20,7 +21,7 @@ const (
 
 	// ClassMalformed frames contradict themselves: the EtherType and the IP
 	// version, a header and the packet it should fit in, more than
-	// [MaxExtensionHeaders].
+	// [MaxExtensionHeaders] or [MaxExtensionBytes].
 	ClassMalformed
 
 	// ClassVLAN frames carry a VLAN tag, which we do not speak.

@@ -17,13 +17,14 @@ import (
 // from any goroutine; its queues belong to their shards' threads.
 type Device struct {
 	// Immutable after OpenDevice.
-	name     string
-	index    int // of the network interface
-	mtu      int
-	hostMAC  net.HardwareAddr
-	offloads Offloads
-	created  bool
-	queues   []*Queue
+	name       string
+	index      int // of the network interface
+	mtu        int
+	txQueueLen int
+	hostMAC    net.HardwareAddr
+	offloads   Offloads
+	created    bool
+	queues     []*Queue
 
 	mu      sync.Mutex      // guards what follows, and the queues' descriptors against Close
 	netlink *netlink.Handle // of the device's network namespace; nil once closed
@@ -60,6 +61,10 @@ func (d *Device) MTU() int { return d.mtu }
 // HostMAC returns the Ethernet address of the kernel's side. The caller must
 // not change it.
 func (d *Device) HostMAC() net.HardwareAddr { return d.hostMAC }
+
+// TxQueueLen returns how many frames the kernel holds per queue for us at most,
+// as it was when the device was opened.
+func (d *Device) TxQueueLen() int { return d.txQueueLen }
 
 // Offloads returns what the kernel may leave to us.
 func (d *Device) Offloads() Offloads { return d.offloads }

@@ -1,7 +1,9 @@
 package dispatch
 
 import (
+	"bytes"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -601,6 +603,69 @@ func TestDeviceSteering(t *testing.T) {
 	err = d.AttachSteering(d.Queue(0).FD())
 	if err == nil || !strings.Contains(err.Error(), "want an eBPF program of type SOCKET_FILTER") {
 		t.Errorf("AttachSteering with a TAP descriptor: %v", err)
+	}
+}
+
+// TestMarker: a mark comes out of the queue it names, behind what was there.
+func TestMarker(t *testing.T) {
+	tapNetns(t)
+	d := openForTest(t, DeviceConfig{
+		Name: "ns-test", Queues: 3, HostAddrs: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/24")},
+	})
+	program := newTestProgram(t, NewToeplitz(VerificationKey))
+	if err := d.AttachSteering(program.FD()); err != nil {
+		t.Fatal(err)
+	}
+	d.Discard()
+	m, err := d.OpenMarker()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = m.Close() }()
+	other, err := d.OpenMarker()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = other.Close() }()
+	var queues [Buckets]uint32
+	for b := range queues {
+		queues[b] = 2
+	}
+	if err := program.SetQueues(queues); err != nil {
+		t.Fatal(err)
+	}
+
+	const number = 1 << 40
+	sendUDP(t, d, 0, []byte("before"))
+	if err := errors.Join(m.Send(2, number), other.Send(2, 5), m.Send(1, 6)); err != nil {
+		t.Fatal(err)
+	}
+	sendUDP(t, d, 0, []byte("behind"))
+	order := func(queue int) (seen []string) {
+		b := make([]byte, VnetHeaderLen+MaxFrameLen)
+		for {
+			n, errno := d.Queue(queue).Read(b)
+			if errno != 0 {
+				return seen
+			}
+			frame := b[VnetHeaderLen:n]
+			if number, ok := m.Number(frame); ok {
+				seen = append(seen, fmt.Sprint("mark ", number))
+			} else if at := bytes.Index(frame, []byte("be")); at >= 0 {
+				seen = append(seen, string(frame[at:]))
+			}
+		}
+	}
+	if got, want := order(2), []string{"before", fmt.Sprint("mark ", number), "behind"}; !slices.Equal(got, want) {
+		t.Errorf("queue 2 has %q, want %q and nothing of the other marker", got, want)
+	}
+	if got, want := order(1), []string{"mark 6"}; !slices.Equal(got, want) {
+		t.Errorf("queue 1 has %q, want %q", got, want)
+	}
+	for _, frame := range [][]byte{nil, make([]byte, markerLen), ethernet(etherTypeMarker, make([]byte, markerLen))} {
+		if _, ok := m.Number(frame); ok {
+			t.Errorf("a mark was seen in %x", frame)
+		}
 	}
 }
 

@@ -33,6 +33,9 @@ func (d *Device) HostMAC() net.HardwareAddr { return nil }
 // Offloads is never called.
 func (d *Device) Offloads() Offloads { return 0 }
 
+// TxQueueLen is never called.
+func (d *Device) TxQueueLen() int { return 0 }
+
 // Created is never called.
 func (d *Device) Created() bool { return false }
 

@@ -32,31 +32,38 @@
 // What decides the group of a frame, by [Toeplitz.Parse]:
 //
 //	TCP, UDP, unfragmented          addresses and ports
-//	fragment                        addresses
+//	fragment                        addresses; then Fragments finds its flow
 //	ICMP error                      the quoted packet's flow
 //	other ICMP, other IP protocols  addresses
-//	ARP, neighbor discovery         none: all groups learn, one answers
+//	ARP, NDP, IGMP, MLD             none: all groups learn, one answers
 //	everything else                 none: dropped and counted by class
 //
-// The hash is RSS's Toeplitz hash with a key drawn at start. A bucket is the low
-// seven bits of the hash, and a bucket's flow group never changes; only the
-// shard that owns the group does.
+// The hash is RSS's Toeplitz hash with a key drawn at start. [HashTypes] says
+// which headers it looks at. A bucket is the low seven bits of the hash, and a
+// bucket's flow group never changes; only the shard that owns the group does.
+//
+// A fragment takes one more step. Its addresses lead it to a group that serves
+// as home of all fragments between two hosts. There the [Fragments] of the group
+// learn the flow of each datagram from its first fragment, hold those that came
+// before it, and send them all to the flow's group.
 //
 // # Who may call what
 //
 // A shard's thread reads and writes its Queue, is the only consumer of its
 // rings and the only producer of the rings that lead away from it. Toeplitz is
 // immutable and shared by all. RETA is read by all shards and written by the
-// control plane, as is Program. Nothing here starts a goroutine.
+// control plane, as is Program. Fragments belong to a flow group and to the
+// thread that owns it. Nothing here starts a goroutine.
 //
 // # Limits
 //
 // 128 buckets, at most 128 flow groups and as many shards, 8 IPv6 extension
-// headers, 256 queues, rings of at most 2^20 frames. Parsing, hashing, looking
-// up and the rings allocate nothing.
+// headers of 1240 bytes, 256 queues, rings of at most 2^20 frames, per flow group
+// 512 fragmented datagrams and 256 fragments held in 512 KiB. Parsing, hashing,
+// looking up and the rings allocate nothing.
 //
 // # What it does not do
 //
-// VLAN tags, frames that are not Ethernet, IPv6 jumbo payloads, checksums. It
-// does not reassemble: fragments of a datagram meet in one group by addresses.
+// VLAN tags, frames that are not Ethernet, IPv6 jumbo payloads, checksums,
+// reassembly.
 package dispatch

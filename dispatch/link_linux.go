@@ -66,6 +66,7 @@ func (d *Device) configure(cfg *DeviceConfig) (err error) {
 		return err
 	}
 	d.mtu = tap.MTU
+	d.txQueueLen = tap.TxQLen
 	d.hostMAC = tap.HardwareAddr
 	if d.created && cfg.Persist {
 		// Last, so that every error before lets the device go.

@@ -2,12 +2,6 @@ package dispatch
 
 import "encoding/binary"
 
-// MaxExtensionHeaders is how many IPv6 extension headers (hop-by-hop options,
-// routing, fragment, destination options) the parser and the steering program
-// follow. RFC 8200 section 4.1 asks for at most five of these per packet; the
-// rest is tolerance. A longer chain only costs time, so it is malformed.
-const MaxExtensionHeaders = 8
-
 // EtherTypes that steering tells apart (IEEE 802 numbers).
 const (
 	etherTypeIPv4    = 0x0800
@@ -22,41 +16,44 @@ const (
 const (
 	protoHopByHop    = 0
 	protoICMP        = 1
+	protoIGMP        = 2
 	protoTCP         = 6
 	protoUDP         = 17
 	protoRouting     = 43
 	protoFragment    = 44
+	protoAuth        = 51
 	protoICMPv6      = 58
 	protoDestination = 60
 )
 
 // Header lengths in bytes: the least that each header takes.
 const (
-	ethernetLen  = 14
-	arpLen       = 28 // for Ethernet and IPv4, RFC 826
-	ipv4Len      = 20
-	ipv6Len      = 40
-	extensionLen = 8
-	tcpLen       = 20
-	udpLen       = 8
-	icmpLen      = 8 // ahead of the quoted packet in errors, both families
+	ethernetLen = 14
+	arpLen      = 28 // for Ethernet and IPv4, RFC 826
+	ipv4Len     = 20
+	ipv6Len     = 40
+	tcpLen      = 20
+	udpLen      = 8
+	portsLen    = 4 // of TCP and UDP, at the start
+	igmpLen     = 8
+	icmpLen     = 8 // ahead of the quoted packet in errors, both families
 )
 
-// Fragment bits: IPv4 flags and offset without Don't Fragment (RFC 791), IPv6
-// offset and M without the reserved bits (RFC 8200 section 4.5).
+// The fragment field of IPv4 without Don't Fragment (RFC 791 section 3.1).
 const (
-	ipv4FragmentBits   = 0x3fff
-	ipv4FragmentOffset = 0x1fff
-	ipv6FragmentBits   = 0xfff9
-	ipv6FragmentOffset = 0xfff8
+	ipv4FragmentBits   = 0x3fff // more fragments, offset
+	ipv4FragmentOffset = 0x1fff // in units of eight bytes
 )
 
-// ICMPv6 types: errors are below 128 (RFC 4443 section 2.1), neighbor discovery
-// is 133 to 137 (RFC 4861 section 4).
+// ICMPv6 types. Errors are below 128 and unknown ones too belong to whoever sent
+// the quoted packet (RFC 4443 sections 2.1 and 2.4). Multicast listener
+// discovery is 130 to 132 (RFC 2710) and 143 (RFC 3810), neighbor discovery 133
+// to 137 (RFC 4861 section 4).
 const (
 	icmpv6FirstInformational = 128
-	ndpFirst                 = 133
+	mldFirst                 = 130
 	ndpLast                  = 137
+	mldReport2               = 143
 )
 
 // Parsed is what one pass over a frame finds out for steering and delivery.
@@ -67,17 +64,20 @@ type Parsed struct {
 	Class Class
 
 	// Proto is the IP protocol after all extension headers, 0 if there is none.
-	// In a fragment with an offset it is the first of what the fragment header
-	// announces, which may be an extension header.
+	// In a fragment without L4 it is as far as the headers could be followed, so
+	// it may be an extension header.
 	Proto uint8
 
 	IPv6 bool
 
-	// Fragment is set if the packet is one of several. It is hashed by its
-	// addresses. L4 tells the first fragment, whose transport header is here,
-	// from the others, where L4 is 0. An IPv6 packet whose fragment header says
-	// "first and last" (RFC 6946) is whole and counts as unfragmented.
+	// Fragment is set if the packet is one of several; see [Fragments]. L4 tells
+	// the first fragment, whose transport header is here, from the others, where
+	// L4 is 0. An IPv6 packet whose fragment header says "first and last" (RFC
+	// 6946) is whole and counts as unfragmented.
 	Fragment bool
+
+	// Steered is set by [Fragments]: Hash is the one of the fragment's flow.
+	Steered bool
 
 	// Hash decides the flow group of ClassFlow frames, and is 0 otherwise.
 	Hash uint32
@@ -88,6 +88,11 @@ type Parsed struct {
 	// Payload is where the payload of unfragmented TCP and UDP begins, else 0.
 	// It equals Length if there is none.
 	Payload uint16
+
+	// FragmentOffset, in bytes, and FragmentID are the ones of a fragment, else
+	// 0. IPv4 has 16 bits for the latter.
+	FragmentOffset uint16
+	FragmentID     uint32
 
 	// Length is the Ethernet header and what the IP header says, in bytes;
 	// padding may follow. It is the length of the frame if there is no IP.
@@ -105,11 +110,17 @@ func (p *Parsed) drop(c Class, frame []byte) {
 // at. A GSO super-frame is one frame and hashed once.
 //
 //   - TCP and UDP, unfragmented: addresses and ports.
-//   - Fragments, ICMP, all other IP protocols: addresses.
+//   - Fragments, ICMP, all other IP protocols: addresses. [Fragments] then finds
+//     the flow of a fragment.
 //   - ICMP and ICMPv6 errors: what the frames of the flow that earned the error
 //     hash by, taken from the quoted packet. The quote is a packet we sent, so
-//     source and destination are exchanged. If the quote does not hold ports:
-//     its addresses; if it does not even hold those: the error's own.
+//     source and destination are exchanged. If the quote is no IP packet, a
+//     fragment other than the first, or ends before the ports: the error's own
+//     addresses.
+//   - ARP, NDP, IGMP, MLD: nothing.
+//
+// Hash types that are off change this as [HashTypes] says, for quoted packets
+// too.
 //
 // An IPv4 total length of 0 (left to hardware) and IPv6 jumbo payloads (RFC
 // 2675) are malformed.
@@ -152,21 +163,24 @@ func (t *Toeplitz) parseIPv4(frame []byte, p *Parsed) {
 		p.drop(ClassTruncated, frame)
 		return
 	}
+	addrs := t.addrs4((*[4]byte)(ip[12:]), (*[4]byte)(ip[16:]))
 	*p = Parsed{
 		Proto:  ip[9],
-		Hash:   t.addrs4((*[4]byte)(ip[12:]), (*[4]byte)(ip[16:])),
+		Hash:   t.byAddrs(false, addrs),
 		L3:     ethernetLen,
 		L4:     uint16(ethernetLen + headerLen),
 		Length: ethernetLen + total,
 	}
 	if fragment := binary.BigEndian.Uint16(ip[6:]) & ipv4FragmentBits; fragment != 0 {
 		p.Fragment = true
-		if fragment&ipv4FragmentOffset != 0 {
+		p.FragmentID = uint32(binary.BigEndian.Uint16(ip[4:]))
+		p.FragmentOffset = fragment & ipv4FragmentOffset * 8
+		if p.FragmentOffset != 0 {
 			p.L4 = 0
 		}
 		return
 	}
-	t.parseTransport(frame, p)
+	t.parseTransport(frame, p, addrs)
 }
 
 func (t *Toeplitz) parseIPv6(frame []byte, p *Parsed) {
@@ -184,78 +198,39 @@ func (t *Toeplitz) parseIPv6(frame []byte, p *Parsed) {
 		p.drop(ClassTruncated, frame)
 		return
 	}
+	addrs := t.addrs6((*[16]byte)(ip[8:]), (*[16]byte)(ip[24:]))
 	*p = Parsed{
+		Proto:  ip[6],
 		IPv6:   true,
-		Hash:   t.addrs6((*[16]byte)(ip[8:]), (*[16]byte)(ip[24:])),
+		Hash:   t.byAddrs(true, addrs),
 		L3:     ethernetLen,
+		L4:     ethernetLen + ipv6Len,
 		Length: ethernetLen + total,
 	}
-	chain := walkExtensions(ip[:total], ipv6Len, ip[6])
-	p.Proto, p.Fragment = chain.proto, chain.fragment
-	if chain.ok {
-		p.L4 = uint16(ethernetLen + chain.end)
-	}
-	switch {
-	case p.Fragment:
-	case !chain.ok:
-		p.drop(ClassMalformed, frame)
-	default:
-		t.parseTransport(frame, p)
-	}
-}
-
-// extensions is where a walk along IPv6 extension headers ended.
-type extensions struct {
-	proto    uint8 // what comes after the last header
-	fragment bool  // a fragment header was met that is not "first and last"
-	ok       bool  // the walk reached a transport header, at end
-	end      int   // offset in the packet
-}
-
-// walkExtensions follows the extension headers of an IPv6 packet from offset at
-// on, where a header of type next begins. Headers of an unknown type end the
-// walk like a transport protocol does; so do authentication and encapsulating
-// security, behind which there is nothing we could read.
-func walkExtensions(packet []byte, at int, next uint8) extensions {
-	e := extensions{proto: next, end: at}
-	for n := 0; ; n++ {
-		if !isExtension(e.proto) {
-			e.ok = true
-			return e
+	if isExtension(p.Proto) {
+		chain := walkExtensions(ip[:total], ipv6Len, p.Proto)
+		p.Proto, p.L4 = chain.proto, uint16(ethernetLen+chain.end)
+		if !chain.whole {
+			p.L4 = 0
 		}
-		if n == MaxExtensionHeaders || e.end+extensionLen > len(packet) {
-			return e
+		if chain.fragment != 0 {
+			header := ip[chain.fragment:]
+			p.Fragment = true
+			p.FragmentID = binary.BigEndian.Uint32(header[4:])
+			p.FragmentOffset = binary.BigEndian.Uint16(header[2:]) & ipv6FragmentOffset
+			return
 		}
-		header := packet[e.end:]
-		length := extensionLen
-		if e.proto == protoFragment {
-			bits := binary.BigEndian.Uint16(header[2:])
-			e.fragment = e.fragment || bits&ipv6FragmentBits != 0
-			if bits&ipv6FragmentOffset != 0 {
-				e.proto = header[0]
-				return e
-			}
-		} else {
-			length += int(header[1]) * 8
-		}
-		e.proto, e.end = header[0], e.end+length
-		if e.end > len(packet) {
-			return e
+		if !chain.whole {
+			p.drop(ClassMalformed, frame)
+			return
 		}
 	}
+	t.parseTransport(frame, p, addrs)
 }
 
-func isExtension(proto uint8) bool {
-	switch proto {
-	case protoHopByHop, protoRouting, protoFragment, protoDestination:
-		return true
-	}
-	return false
-}
-
-// parseTransport finishes p for a whole packet whose addresses are hashed and
-// whose transport header begins at p.L4.
-func (t *Toeplitz) parseTransport(frame []byte, p *Parsed) {
+// parseTransport finishes p for a whole packet whose transport header begins at
+// p.L4 and whose addresses hash to addrs.
+func (t *Toeplitz) parseTransport(frame []byte, p *Parsed, addrs uint32) {
 	segment := frame[p.L4:p.Length]
 	switch {
 	case p.Proto == protoTCP:
@@ -269,7 +244,7 @@ func (t *Toeplitz) parseTransport(frame []byte, p *Parsed) {
 			return
 		}
 		p.Payload = p.L4 + uint16(headerLen)
-		p.Hash ^= t.ports(p.IPv6, binary.BigEndian.Uint32(segment))
+		p.Hash = t.byFlow(p.IPv6, protoTCP, addrs, binary.BigEndian.Uint32(segment))
 	case p.Proto == protoUDP:
 		if len(segment) < udpLen {
 			p.drop(ClassMalformed, frame)
@@ -281,7 +256,7 @@ func (t *Toeplitz) parseTransport(frame []byte, p *Parsed) {
 			return
 		}
 		p.Payload = p.L4 + udpLen
-		p.Hash ^= t.ports(p.IPv6, binary.BigEndian.Uint32(segment))
+		p.Hash = t.byFlow(p.IPv6, protoUDP, addrs, binary.BigEndian.Uint32(segment))
 	case p.Proto == protoICMP && !p.IPv6:
 		if len(segment) < icmpLen {
 			p.drop(ClassMalformed, frame)
@@ -290,6 +265,12 @@ func (t *Toeplitz) parseTransport(frame []byte, p *Parsed) {
 		if icmpv4Error(segment[0]) {
 			t.hashQuoted4(segment[icmpLen:], p)
 		}
+	case p.Proto == protoIGMP && !p.IPv6:
+		if len(segment) < igmpLen {
+			p.drop(ClassMalformed, frame)
+			return
+		}
+		p.Class, p.Hash = ClassNeighbor, 0
 	case p.Proto == protoICMPv6 && p.IPv6:
 		if len(segment) < icmpLen {
 			p.drop(ClassMalformed, frame)
@@ -298,60 +279,8 @@ func (t *Toeplitz) parseTransport(frame []byte, p *Parsed) {
 		switch kind := segment[0]; {
 		case kind < icmpv6FirstInformational:
 			t.hashQuoted6(segment[icmpLen:], p)
-		case kind >= ndpFirst && kind <= ndpLast:
+		case kind >= mldFirst && kind <= ndpLast, kind == mldReport2:
 			p.Class, p.Hash = ClassNeighbor, 0
 		}
 	}
-}
-
-// icmpv4Error reports whether messages of this type quote a packet (RFC 1122
-// section 3.2.2; icmp_pointers in net/ipv4/icmp.c).
-func icmpv4Error(kind uint8) bool {
-	switch kind {
-	case 3, // destination unreachable
-		4,  // source quench
-		5,  // redirect
-		11, // time exceeded
-		12: // parameter problem
-		return true
-	}
-	return false
-}
-
-// hashQuoted4 replaces the hash of an ICMP error by the one of the flow that it
-// is about. The quote may end anywhere and its lengths are not to be trusted:
-// routers quote as little as the header and eight bytes (RFC 792).
-func (t *Toeplitz) hashQuoted4(quote []byte, p *Parsed) {
-	if len(quote) < ipv4Len {
-		return
-	}
-	headerLen := int(quote[0]&0xf) * 4
-	if quote[0]>>4 != 4 || headerLen < ipv4Len {
-		return
-	}
-	p.Hash = t.addrs4((*[4]byte)(quote[16:]), (*[4]byte)(quote[12:]))
-	if binary.BigEndian.Uint16(quote[6:])&ipv4FragmentBits == 0 {
-		t.hashQuotedPorts(quote, headerLen, quote[9], p)
-	}
-}
-
-// hashQuoted6 is hashQuoted4 for ICMPv6.
-func (t *Toeplitz) hashQuoted6(quote []byte, p *Parsed) {
-	if len(quote) < ipv6Len || quote[0]>>4 != 6 {
-		return
-	}
-	p.Hash = t.addrs6((*[16]byte)(quote[24:]), (*[16]byte)(quote[8:]))
-	if chain := walkExtensions(quote, ipv6Len, quote[6]); chain.ok && !chain.fragment {
-		t.hashQuotedPorts(quote, chain.end, chain.proto, p)
-	}
-}
-
-// hashQuotedPorts adds the exchanged ports of a quoted packet whose transport
-// header begins at offset l4, if it has ports and the quote reaches that far.
-func (t *Toeplitz) hashQuotedPorts(quote []byte, l4 int, proto uint8, p *Parsed) {
-	if proto != protoTCP && proto != protoUDP || l4+4 > len(quote) {
-		return
-	}
-	ports := binary.BigEndian.Uint32(quote[l4:])
-	p.Hash ^= t.ports(p.IPv6, ports<<16|ports>>16)
 }

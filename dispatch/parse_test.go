@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	"encoding/binary"
+	"iter"
 	"net/netip"
 	"slices"
 	"strings"
@@ -87,10 +88,21 @@ func extension(next uint8, extra int) []byte {
 	return b
 }
 
+// authentication makes an authentication header, whose length counts in four
+// bytes (RFC 4302 section 2.2).
+func authentication(next uint8, extra int) []byte {
+	b := make([]byte, 8+4*extra)
+	b[0], b[1] = next, uint8(extra)
+	return b
+}
+
+const fragmentID = 0x600dcafe
+
 // fragmentHeader has the offset in units of eight bytes.
 func fragmentHeader(next uint8, offset uint16, more bool) []byte {
 	b := extension(next, 0)
 	binary.BigEndian.PutUint16(b[2:], offset<<3)
+	binary.BigEndian.PutUint32(b[4:], fragmentID)
 	if more {
 		b[3] |= 1
 	}
@@ -149,7 +161,8 @@ func TestParse(t *testing.T) {
 	}, udp, hello)
 	fragment4 := func(offset uint16, flags layers.IPv4Flag) []byte {
 		return serialize(t, &layers.IPv4{
-			Version: 4, SrcIP: peer4.AsSlice(), DstIP: us4.AsSlice(), Protocol: layers.IPProtocolUDP, FragOffset: offset, Flags: flags,
+			Version: 4, SrcIP: peer4.AsSlice(), DstIP: us4.AsSlice(), Protocol: layers.IPProtocolUDP,
+			Id: fragmentID & 0xffff, FragOffset: offset, Flags: flags,
 		}, gopacket.Payload("eight by"))
 	}
 	manyExtensions := func(n int) []byte {
@@ -161,8 +174,18 @@ func TestParse(t *testing.T) {
 	}
 	quotedExtensions6 := packet(t, ipLayer(us6, peer6, protoHopByHop), gopacket.Payload(slices.Concat(
 		extension(protoRouting, 1), extension(protoFragment, 0), fragmentHeader(protoUDP, 0, false), sent6[ipv6Len:])))
-	quotedFragment6 := packet(t, ipLayer(us6, peer6, protoFragment), gopacket.Payload(slices.Concat(
-		fragmentHeader(protoUDP, 0, true), sent6[ipv6Len:])))
+	quotedFragment6 := func(offset uint16) []byte {
+		return packet(t, ipLayer(us6, peer6, protoFragment), gopacket.Payload(slices.Concat(
+			fragmentHeader(protoUDP, offset, true), sent6[ipv6Len:])))
+	}
+	igmp := serialize(t, &layers.IPv4{
+		Version: 4, SrcIP: peer4.AsSlice(), DstIP: []byte{224, 0, 0, 1}, Protocol: layers.IPProtocolIGMP,
+		Options: []layers.IPv4Option{{OptionType: 148, OptionLength: 4, OptionData: []byte{0, 0}}},
+	}, gopacket.Payload{0x11, 0, 0, 0, 0, 0, 0, 0})
+	// longExtensions are so many bytes of extension headers.
+	longExtensions := func(n int) []byte {
+		return slices.Concat(extension(protoRouting, 99), extension(protoTCP, n/8-101), tcpHeader6)
+	}
 	superFrame := serialize(t, ipLayer(peer4, us4, layers.IPProtocolTCP), tcp, gopacket.Payload(make([]byte, 65535-20-32)))
 	superFrame6 := serialize(t, ipLayer(peer6, us6, layers.IPProtocolTCP), tcp, gopacket.Payload(make([]byte, 65535-32)))
 
@@ -174,7 +197,13 @@ func TestParse(t *testing.T) {
 		p.IPv6 = true
 		return p
 	}
-	fragment := func(p Parsed) Parsed { p.Fragment = true; return p }
+	fragment := func(p Parsed, offset uint16) Parsed {
+		p.Fragment, p.FragmentID, p.FragmentOffset = true, fragmentID, offset*8
+		if !p.IPv6 {
+			p.FragmentID &= 0xffff
+		}
+		return p
+	}
 	neighbor := func(p Parsed) Parsed { p.Class = ClassNeighbor; return p }
 	drop := func(c Class) Parsed { return Parsed{Class: c, Length: -1} } // -1: that of the frame
 
@@ -197,24 +226,30 @@ func TestParse(t *testing.T) {
 
 		{"ping", serialize(t, ipLayer(peer4, us4, layers.IPProtocolICMPv4), icmp4(8), hello), flow(1, addrs4, 34, 0, 47)},
 		{"ping over IPv6", raw6(t, 58, icmp6(128), hello), flow6(58, addrs6, 54, 0, 67)},
-		{"listener report", raw6(t, 58, icmp6(143)), flow6(58, addrs6, 54, 0, 62)},
 		{"other protocol", serialize(t, ipLayer(peer4, us4, 47), hello), flow(47, addrs4, 34, 0, 39)},
 		{"ICMPv6 over IPv4 is another protocol", serialize(t, ipLayer(peer4, us4, 58), gopacket.Payload{135}), flow(58, addrs4, 34, 0, 35)},
 		{"ICMP over IPv6 is another protocol", raw6(t, 1, []byte{3}), flow6(1, addrs6, 54, 0, 55)},
 		{"IPv6 without next header", raw6(t, 59), flow6(59, addrs6, 54, 0, 54)},
 
-		{"first fragment", fragment4(0, layers.IPv4MoreFragments), fragment(flow(17, addrs4, 34, 0, 42))},
-		{"middle fragment", fragment4(100, layers.IPv4MoreFragments), fragment(flow(17, addrs4, 0, 0, 42))},
-		{"last fragment", fragment4(100, 0), fragment(flow(17, addrs4, 0, 0, 42))},
-		{"first IPv6 fragment", raw6(t, 44, fragmentHeader(60, 0, true), extension(17, 0), udpFrame6[54:]), fragment(flow6(17, addrs6, 70, 0, 83))},
-		{"first IPv6 fragment cut in its headers", raw6(t, 44, fragmentHeader(60, 0, true), extension(17, 1)[:8]), fragment(flow6(17, addrs6, 0, 0, 70))},
-		{"last IPv6 fragment", raw6(t, 44, fragmentHeader(60, 9, false), extension(17, 0), udpFrame6[54:]), fragment(flow6(60, addrs6, 0, 0, 83))},
-		{"first fragment with a second fragment header", raw6(t, 44, fragmentHeader(44, 0, true), fragmentHeader(17, 0, false), udpFrame6[54:]), fragment(flow6(17, addrs6, 70, 0, 83))},
+		{"first fragment", fragment4(0, layers.IPv4MoreFragments), fragment(flow(17, addrs4, 34, 0, 42), 0)},
+		{"middle fragment", fragment4(100, layers.IPv4MoreFragments), fragment(flow(17, addrs4, 0, 0, 42), 100)},
+		{"last fragment", fragment4(8191, 0), fragment(flow(17, addrs4, 0, 0, 42), 8191)},
+		{"first IPv6 fragment", raw6(t, 44, fragmentHeader(60, 0, true), extension(17, 0), udpFrame6[54:]), fragment(flow6(17, addrs6, 70, 0, 83), 0)},
+		{"first IPv6 fragment cut in its headers", raw6(t, 44, fragmentHeader(60, 0, true), extension(17, 1)[:8]), fragment(flow6(17, addrs6, 0, 0, 70), 0)},
+		{"first IPv6 fragment without the next header", raw6(t, 44, fragmentHeader(60, 0, true)), fragment(flow6(60, addrs6, 0, 0, 62), 0)},
+		{"last IPv6 fragment", raw6(t, 44, fragmentHeader(60, 8191, false), extension(17, 0), udpFrame6[54:]), fragment(flow6(60, addrs6, 0, 0, 83), 8191)},
+		{"first fragment with a second fragment header", raw6(t, 44, fragmentHeader(44, 0, true), edit(fragmentHeader(17, 0, true), 4, 1), udpFrame6[54:]), fragment(flow6(17, addrs6, 70, 0, 83), 0)},
+		{"fragment behind a whole fragment", raw6(t, 44, edit(fragmentHeader(44, 0, false), 4, 1), fragmentHeader(17, 3, false), udpFrame6[54:]), fragment(flow6(17, addrs6, 0, 0, 83), 3)},
 		{"IPv6 fragment header on a whole packet", raw6(t, 44, fragmentHeader(6, 0, false), tcpHeader6), flow6(6, tuple6, 62, 94, 99)},
 		{"reserved bits in a fragment header", edit(raw6(t, 44, fragmentHeader(6, 0, false), tcpHeader6), 57, 6), flow6(6, tuple6, 62, 94, 99)},
 
 		{"IPv6 extension headers", raw6(t, 0, extension(60, 0), extension(43, 2), extension(6, 1), tcpHeader6), flow6(6, tuple6, 102, 134, 139)},
 		{"most extension headers", raw6(t, 60, manyExtensions(MaxExtensionHeaders)), flow6(6, tuple6, 118, 150, 155)},
+		{"authentication header", raw6(t, 51, authentication(60, 4), extension(6, 0), tcpHeader6), flow6(6, tuple6, 86, 118, 123)},
+		{"authentication header outside the packet", raw6(t, 51, authentication(6, 4)[:23]), drop(ClassMalformed)},
+		{"encapsulating security is another protocol", raw6(t, 50, extension(6, 0), tcpHeader6), flow6(50, addrs6, 54, 0, 99)},
+		{"longest extension headers", raw6(t, 43, longExtensions(MaxExtensionBytes)), flow6(6, tuple6, 1294, 1326, 1331)},
+		{"too long extension headers", raw6(t, 43, longExtensions(MaxExtensionBytes+8)), drop(ClassMalformed)},
 		{"too many extension headers", raw6(t, 60, manyExtensions(MaxExtensionHeaders+1)), drop(ClassMalformed)},
 		{"extension header outside the packet", raw6(t, 0, extension(6, 4)[:32]), drop(ClassMalformed)},
 		{"half an extension header", raw6(t, 0, extension(6, 0)[:4]), drop(ClassMalformed)},
@@ -222,8 +257,10 @@ func TestParse(t *testing.T) {
 
 		{"ICMP error, TCP", error4(3, sent4), flow(1, tuple4, 34, 0, 99)},
 		{"ICMP error, eight bytes of TCP", error4(11, sent4[:28]), flow(1, tuple4, 34, 0, 70)},
-		{"ICMP error, no ports left", error4(11, sent4[:23]), flow(1, addrs4, 34, 0, 65)},
-		{"ICMP error, quoted fragment", error4(11, edit(sent4, 6, 0x20)), flow(1, addrs4, 34, 0, 99)},
+		{"ICMP error, no ports left", error4(11, sent4[:23]), flow(1, router4Addrs, 34, 0, 65)},
+		{"ICMP error, quoted first fragment", error4(11, edit(sent4, 6, 0x20)), flow(1, tuple4, 34, 0, 99)},
+		{"ICMP error, quoted other fragment", error4(11, edit(sent4, 6, 0x20, 1)), flow(1, router4Addrs, 34, 0, 99)},
+		{"ICMP error, quoted options", error4(3, options4[14:]), flow(1, input(us4, peer4, ourPort, peerPort), 34, 0, 79)},
 		{"ICMP error, quoted ping", error4(12, sentPing4), flow(1, addrs4, 34, 0, 75)},
 		{"ICMP error, quote without addresses", error4(3, sent4[:19]), flow(1, router4Addrs, 34, 0, 61)},
 		{"ICMP error, quoted IPv6", error4(3, sent6), flow(1, router4Addrs, 34, 0, 95)},
@@ -231,13 +268,23 @@ func TestParse(t *testing.T) {
 		{"ICMP timestamp is no error", error4(13, sent4), flow(1, router4Addrs, 34, 0, 99)},
 		{"ICMPv6 error, UDP", error6(2, sent6), flow6(58, tuple6, 54, 0, 115)},
 		{"ICMPv6 error of unknown type", error6(99, sent6), flow6(58, tuple6, 54, 0, 115)},
-		{"ICMPv6 error, no ports left", error6(1, sent6[:43]), flow6(58, addrs6, 54, 0, 105)},
+		{"ICMPv6 error, no ports left", error6(1, sent6[:43]), flow6(58, router6Addrs, 54, 0, 105)},
 		{"ICMPv6 error, quoted extension headers", error6(3, quotedExtensions6), flow6(58, tuple6, 54, 0, 147)},
-		{"ICMPv6 error, quoted fragment", error6(3, quotedFragment6), flow6(58, addrs6, 54, 0, 123)},
+		{"ICMPv6 error, quoted extension header cut", error6(3, quotedExtensions6[:60]), flow6(58, router6Addrs, 54, 0, 122)},
+		{"ICMPv6 error, quoted first fragment", error6(3, quotedFragment6(0)), flow6(58, tuple6, 54, 0, 123)},
+		{"ICMPv6 error, quoted other fragment", error6(3, quotedFragment6(1)), flow6(58, router6Addrs, 54, 0, 123)},
+		{"ICMPv6 error, quoted ping", error6(3, packet(t, ipLayer(us6, peer6, 58), icmp6(128))), flow6(58, addrs6, 54, 0, 110)},
 		{"ICMPv6 error, quote without addresses", error6(3, sent6[:39]), flow6(58, router6Addrs, 54, 0, 101)},
 		{"ICMPv6 error, quoted IPv4", error6(3, sent4), flow6(58, router6Addrs, 54, 0, 119)},
 
 		{"ARP", ethernet(etherTypeARP, make([]byte, 46)), neighbor(Parsed{L3: 14, Length: 60})},
+		{"IGMP query", igmp, neighbor(flow(2, 0, 38, 0, 46))},
+		{"IGMP over IPv6 is another protocol", raw6(t, 2, make([]byte, 8)), flow6(2, addrs6, 54, 0, 62)},
+		{"half an IGMP message", edit(igmp, 16, 0, 31), drop(ClassMalformed)},
+		{"listener query", raw6(t, 0, []byte{58, 0, 5, 2, 0, 0, 1, 0}, icmp6(130)), neighbor(flow6(58, 0, 62, 0, 70))},
+		{"listener report", raw6(t, 58, icmp6(131)), neighbor(flow6(58, 0, 54, 0, 62))},
+		{"listener done", raw6(t, 58, icmp6(132)), neighbor(flow6(58, 0, 54, 0, 62))},
+		{"listener report, version 2", raw6(t, 58, icmp6(143)), neighbor(flow6(58, 0, 54, 0, 62))},
 		{"router solicitation", raw6(t, 58, icmp6(133)), neighbor(flow6(58, 0, 54, 0, 62))},
 		{"neighbor advertisement", raw6(t, 58, icmp6(136), hello), neighbor(flow6(58, 0, 54, 0, 67))},
 		{"redirect", raw6(t, 58, icmp6(137)), neighbor(flow6(58, 0, 54, 0, 62))},
@@ -287,21 +334,106 @@ func TestParse(t *testing.T) {
 
 // dirtyParsed is what Parse has to overwrite.
 func dirtyParsed() Parsed {
-	return Parsed{Class: 77, Proto: 77, IPv6: true, Fragment: true, Hash: 77, L3: 77, L4: 77, Payload: 77, Length: 77}
+	return Parsed{
+		Class: 77, Proto: 77, IPv6: true, Fragment: true, Steered: true, Hash: 77,
+		L3: 77, L4: 77, Payload: 77, FragmentOffset: 77, FragmentID: 77, Length: 77,
+	}
 }
 
-// What a flow's own frames and errors about it have in common is the reason for
-// the rules: they reach one group.
-func TestErrorsFollowTheirFlow(t *testing.T) {
+func TestParseMatchesModel(t *testing.T) {
+	rules := map[string]int{}
+	check := func(m steeringModel, toeplitz *Toeplitz, frame []byte) {
+		t.Helper()
+		got := dirtyParsed()
+		toeplitz.Parse(frame, &got)
+		want, rule := m.parse(frame)
+		if got != want {
+			t.Fatalf("got  %+v\nwant %+v\nby rule %q, types %s, key %x, of\n%x", got, want, rule, m.types, m.key, frame)
+		}
+		rules[rule]++
+	}
+	cuts := cutFrames(t)
+	forAllTypes(t, func(k Key, types HashTypes, frames iter.Seq[[]byte]) {
+		m, toeplitz := steeringModel{k, types}, NewToeplitzTypes(k, types)
+		for frame := range frames {
+			check(m, toeplitz, frame)
+		}
+		if types == HashAll || types == 0 {
+			for _, frame := range cuts {
+				check(m, toeplitz, frame)
+			}
+		}
+	})
+	checkRules(t, rules)
+}
+
+// checkRules fails if a rule decided too few frames for a comparison to say
+// something about it.
+func checkRules(t *testing.T, rules map[string]int) {
+	t.Helper()
+	for _, rule := range []string{
+		"dropped", "ARP", "TCP", "UDP", "other protocol", "control message", "control message for all",
+		"first fragment", "first fragment, headers cut", "other fragment",
+		"error, by quoted flow", "error, by quoted addresses", "error, quote is no packet",
+		"error, quote without transport header", "error, quote without ports",
+	} {
+		t.Logf("%-38s %d", rule, rules[rule])
+		if rules[rule] < soakFrames()/3000 {
+			t.Errorf("rule %q decided %d of %d frames", rule, rules[rule], soakFrames())
+		}
+	}
+}
+
+// Without its type, a flow hashes by its addresses, and so do the errors about
+// it; without the type of IP as well, to 0.
+func TestParseHashTypes(t *testing.T) {
 	k := randomKey(t)
-	toeplitz := NewToeplitz(k)
-	want := toeplitz.HashTuple(Tuple{peer4, us4, peerPort, ourPort})
-	sent := packet(t, ipLayer(us4, peer4, layers.IPProtocolTCP), tcpLayer(ourPort, peerPort))
-	frame := serialize(t, ipLayer(router4, us4, layers.IPProtocolICMPv4), icmp4(3), gopacket.Payload(sent))
-	var p Parsed
-	toeplitz.Parse(frame, &p)
-	if p.Hash != want {
-		t.Errorf("error hashes to %08x, its flow to %08x", p.Hash, want)
+	all := NewToeplitz(k)
+	tcp4, addrs4 := all.HashTuple(Tuple{peer4, us4, peerPort, ourPort, protoTCP}), all.HashAddrs(peer4, us4)
+	udp6, addrs6 := all.HashTuple(Tuple{peer6, us6, peerPort, ourPort, protoUDP}), all.HashAddrs(peer6, us6)
+	frames := map[string][]byte{
+		"tcp4": serialize(t, ipLayer(peer4, us4, layers.IPProtocolTCP), tcpLayer(peerPort, ourPort)),
+		"err4": serialize(t, ipLayer(router4, us4, layers.IPProtocolICMPv4), icmp4(3), gopacket.Payload(
+			packet(t, ipLayer(us4, peer4, layers.IPProtocolTCP), tcpLayer(ourPort, peerPort)))),
+		"ping4": serialize(t, ipLayer(peer4, us4, layers.IPProtocolICMPv4), icmp4(8)),
+		"udp6":  serialize(t, ipLayer(peer6, us6, layers.IPProtocolUDP), udpLayer(peerPort, ourPort)),
+		"err6": raw6(t, 58, icmp6(1),
+			packet(t, ipLayer(us6, peer6, layers.IPProtocolUDP), udpLayer(ourPort, peerPort))),
+		"ping6": raw6(t, 58, icmp6(128)),
+	}
+	for _, c := range []struct {
+		types                  HashTypes
+		flow4, ip4, flow6, ip6 uint32
+	}{
+		{HashAll, tcp4, addrs4, udp6, addrs6},
+		{HashAll &^ HashTCPIPv4, addrs4, addrs4, udp6, addrs6},
+		{HashAll &^ HashUDPIPv6, tcp4, addrs4, addrs6, addrs6},
+		{HashAll &^ (HashIPv4 | HashIPv6), tcp4, 0, udp6, 0},
+		{HashUDPIPv4 | HashIPv4 | HashTCPIPv6, addrs4, addrs4, 0, 0},
+		{0, 0, 0, 0, 0},
+	} {
+		toeplitz := NewToeplitzTypes(k, c.types)
+		if toeplitz.Types() != c.types {
+			t.Errorf("types %s, want %s", toeplitz.Types(), c.types)
+		}
+		for name, want := range map[string]uint32{
+			"tcp4": c.flow4, "err4": c.flow4, "ping4": c.ip4, "udp6": c.flow6, "err6": c.flow6, "ping6": c.ip6,
+		} {
+			var p Parsed
+			toeplitz.Parse(frames[name], &p)
+			if p.Hash != want || p.Class != ClassFlow {
+				t.Errorf("%s: %s hashes to %08x, class %s, want %08x, class flow", c.types, name, p.Hash, p.Class, want)
+			}
+		}
+		if got := toeplitz.HashTuple(Tuple{peer4, us4, peerPort, ourPort, 0}); got != c.flow4 {
+			t.Errorf("%s: TCP tuple hashes to %08x, want %08x", c.types, got, c.flow4)
+		}
+		if got := toeplitz.HashTuple(Tuple{peer6, us6, peerPort, ourPort, protoUDP}); got != c.flow6 {
+			t.Errorf("%s: UDP tuple hashes to %08x, want %08x", c.types, got, c.flow6)
+		}
+		if got := toeplitz.HashAddrs(peer6, us6); got != c.ip6 {
+			t.Errorf("%s: addresses hash to %08x, want %08x", c.types, got, c.ip6)
+		}
 	}
 }
 
@@ -339,44 +471,29 @@ func TestParseAllocs(t *testing.T) {
 
 func FuzzParse(f *testing.F) {
 	for _, v := range vectors {
-		f.Add(v.frame(f, true))
-		f.Add(v.frame(f, false))
+		f.Add(uint8(HashAll), v.frame(f, true))
+		f.Add(uint8(HashAll), v.frame(f, false))
 	}
 	maker := newFrameMaker(1)
-	for range 300 {
-		f.Add(maker.frame())
+	for i := range 300 {
+		f.Add(uint8(i), maker.frame())
 	}
 	toeplitz := NewToeplitz(VerificationKey)
-	f.Fuzz(func(t *testing.T, frame []byte) {
+	f.Fuzz(func(t *testing.T, types uint8, frame []byte) {
+		m := steeringModel{VerificationKey, HashTypes(types) & HashAll}
+		typed := *toeplitz
+		typed.types = m.types
 		p := dirtyParsed()
-		toeplitz.Parse(frame, &p)
-		if p.Class >= NumClasses {
-			t.Fatalf("class %d", p.Class)
+		typed.Parse(frame, &p)
+		if want, rule := m.parse(frame); p != want {
+			t.Errorf("got  %+v\nwant %+v\nby rule %q", p, want, rule)
 		}
-		if p.Class != ClassFlow && p.Hash != 0 {
-			t.Errorf("hash %08x on a frame of class %s", p.Hash, p.Class)
-		}
-		if p.Length > len(frame) || int(p.L4) > p.Length || int(p.Payload) > p.Length {
-			t.Errorf("offsets outside of %d bytes: %+v", len(frame), p)
-		}
-		if p.Class > ClassNeighbor {
-			if want := (Parsed{Class: p.Class, Length: len(frame)}); p != want {
-				t.Errorf("dropped, but described as %+v", p)
-			}
-			return
-		}
-		if p.Payload != 0 && (p.Fragment || p.Payload < p.L4+udpLen) {
-			t.Errorf("payload without a whole transport header: %+v", p)
-		}
-		if p.L3 != ethernetLen || p.L4 != 0 && p.L4 < p.L3+ipv4Len {
-			t.Errorf("offsets inside other headers: %+v", p)
-		}
-		if p.Proto == 0 && !p.IPv6 && p.L4 == 0 && !p.Fragment {
-			return // ARP has no length of its own
+		if p.Class > ClassNeighbor || p.Proto == 0 && !p.IPv6 && !p.Fragment && p.L4 == 0 {
+			return // dropped, or ARP: there is no length but the frame's
 		}
 		var padded, exact Parsed
-		toeplitz.Parse(append(frame[:p.Length:p.Length], 0xff, 0xff, 0xff), &padded)
-		toeplitz.Parse(frame[:p.Length], &exact)
+		typed.Parse(append(frame[:p.Length:p.Length], 0xff, 0xff, 0xff), &padded)
+		typed.Parse(frame[:p.Length], &exact)
 		if padded != p || exact != p {
 			t.Errorf("depends on bytes after the packet: %+v, padded %+v, without %+v", p, padded, exact)
 		}

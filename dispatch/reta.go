@@ -52,6 +52,9 @@ func NewRETA(groups, shards int) (*RETA, error) {
 // Groups returns the number of flow groups.
 func (r *RETA) Groups() int { return r.groups }
 
+// Shards returns the number of shards.
+func (r *RETA) Shards() int { return r.shards }
+
 // Bucket returns the bucket of a hash, 0 to 127.
 func (r *RETA) Bucket(hash uint32) int { return int(hash % Buckets) }
 
@@ -74,6 +77,50 @@ func (r *RETA) SetOwner(group, shard int) {
 		panic(fmt.Sprintf("dispatch: flow group %d given to shard %d, want 0 to %d", group, shard, r.shards-1))
 	}
 	r.owner[group].Store(uint32(shard))
+}
+
+// Lookup returns all that the table says about a hash now. The hash of a flow is
+// that of [Toeplitz.HashTuple].
+func (r *RETA) Lookup(hash uint32) (bucket, group, shard int) {
+	bucket, group = r.Bucket(hash), r.GroupOf(hash)
+	return bucket, group, r.Owner(group)
+}
+
+// Snapshot returns the shard of every bucket, as `ethtool -x` lists the queues
+// of a network card. Moves that happen meanwhile may be in it or not.
+func (r *RETA) Snapshot() []int {
+	table := make([]int, Buckets)
+	for b := range table {
+		table[b] = int(r.owner[r.group[b]].Load())
+	}
+	return table
+}
+
+// Move is a change of the table: a flow group changes its shard.
+type Move struct{ Group, From, To int }
+
+// Moves returns what has to move for the table to become as the given one, by
+// group. Like a [RETA.Snapshot], this has a shard for each of the 128 buckets.
+// The buckets of one flow group move together, so they must name one shard: the
+// buckets b, b + Groups(), b + 2*Groups() and so on. The table is not changed.
+func (r *RETA) Moves(table []int) ([]Move, error) {
+	if len(table) != Buckets {
+		return nil, fmt.Errorf("indirection table: %d entries, want %d", len(table), Buckets)
+	}
+	var moves []Move
+	for b, shard := range table {
+		if shard < 0 || shard >= r.shards {
+			return nil, fmt.Errorf("indirection table: bucket %d to shard %d, want 0 to %d", b, shard, r.shards-1)
+		}
+		group := int(r.group[b])
+		if first := table[group]; b != group && shard != first {
+			return nil, fmt.Errorf("indirection table: bucket %d to shard %d, want %d as for bucket %d: both belong to flow group %d", b, shard, first, group, group)
+		}
+		if from := r.Owner(group); b == group && shard != from {
+			moves = append(moves, Move{group, from, shard})
+		}
+	}
+	return moves, nil
 }
 
 // Queues returns the table for the kernel: the queue of every bucket, where

@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/cilium/ebpf/asm"
 )
@@ -21,12 +22,14 @@ const (
 // The program's stack, as offsets from the frame pointer. The hash input is
 // built in place: a header is loaded so far below it that its addresses land at
 // the start of the input, and the transport header so that its ports follow
-// them. Input and scratch are aligned to eight bytes.
+// them. Everything is aligned to eight bytes.
 const (
 	stackInput   = -64  // 36 bytes, and room for a transport header behind
 	stackHeader4 = -76  // IPv4 header: addresses at byte 12
 	stackHeader6 = -72  // IPv6 header: addresses at byte 8
-	stackScratch = -128 // a quoted header or an extension header
+	stackQuote   = -120 // 40 bytes: a quoted IP header
+	stackChain   = -128 // 8 bytes: where a chain of extension headers has to end
+	stackScratch = -136 // 8 bytes: an extension header, or quoted ports
 )
 
 // Registers that keep their meaning through the whole program; R0 to R5 do not
@@ -40,43 +43,55 @@ const (
 
 // Labels of the ways out.
 const (
-	labelBucket0 = "bucket0" // cannot be classified
-	labelHash    = "hash%d"  // hash so many bytes of input
+	labelBucket0 = "bucket0" // hash 0, or not to be classified
 	labelQueue   = "queue"   // the hash is in R0
 )
 
 // family is what differs between IPv4 and IPv6 once the packet's own header is
 // behind us.
 type family struct {
-	name         string
-	addrs, tuple int   // length of the hash input without and with ports
-	icmp         int32 // protocol number
+	name string
+	ipv6 bool
+	icmp int32 // protocol number
+
+	// Lengths in bytes: an IP header, an address, the hash input without and
+	// with ports.
+	header, addr, addrs, tuple int
+
+	// Where the addresses of a quoted header are.
+	quoted int
 }
 
 var (
-	family4 = family{name: "ip4", addrs: portsAt4, tuple: portsAt4 + 4, icmp: protoICMP}
-	family6 = family{name: "ip6", addrs: portsAt6, tuple: portsAt6 + 4, icmp: protoICMPv6}
+	family4 = family{
+		name: "ip4", icmp: protoICMP,
+		header: ipv4Len, addr: 4, addrs: portsAt4, tuple: portsAt4 + portsLen, quoted: stackQuote + 12,
+	}
+	family6 = family{
+		name: "ip6", ipv6: true, icmp: protoICMPv6,
+		header: ipv6Len, addr: 16, addrs: portsAt6, tuple: portsAt6 + portsLen, quoted: stackQuote + 8,
+	}
 )
 
+// label makes a name of the program unique to the family.
 func (f family) label(name string) string { return f.name + "." + name }
-func (f family) hashAddrs() string        { return fmt.Sprintf(labelHash, f.addrs) }
-func (f family) hashTuple() string        { return fmt.Sprintf(labelHash, f.tuple) }
 
 // steeringInstructions assembles the steering program. It follows Parse, step
 // by step; a test runs both on the same frames. There are no loops: the chain of
 // extension headers and the hash are unrolled, so the length of the way through
-// is bounded by construction and the verifier meets nothing it has to guess.
+// is bounded by construction and the verifier meets nothing it has to guess. Nor
+// does the program look at hash types: it is made for them.
 //
 // The context is an skb that starts at its Ethernet header. Its bytes may be
 // spread over pages, so they are copied by bpf_skb_load_bytes, the only helper
 // used.
-func steeringInstructions(tablesFD, retaFD int) asm.Instructions {
-	a := &assembler{}
+func steeringInstructions(types HashTypes, tablesFD, retaFD int) asm.Instructions {
+	a := &assembler{types: types}
 	a.ethernet()
 	a.ipv4()
-	a.transport(family4, a.quoted4)
+	a.transport(family4)
 	a.ipv6()
-	a.transport(family6, a.quoted6)
+	a.transport(family6)
 	a.hash(tablesFD)
 	a.queue(retaFD)
 	return a.insns
@@ -84,6 +99,7 @@ func steeringInstructions(tablesFD, retaFD int) asm.Instructions {
 
 // assembler collects instructions. A label given to at belongs to the next one.
 type assembler struct {
+	types HashTypes
 	insns asm.Instructions
 	label string
 }
@@ -100,16 +116,44 @@ func (a *assembler) add(insns ...asm.Instruction) {
 
 func (a *assembler) at(label string) { a.label = label }
 
+// usePorts reports whether packets of this protocol are hashed by ports too.
+func (a *assembler) usePorts(f family, proto uint8) bool { return a.types.usePorts(f.ipv6, proto) }
+
+// byAddrs is where to hash by addresses.
+func (a *assembler) byAddrs(f family) string {
+	if a.types&hashType(f.ipv6, 0) == 0 {
+		return labelBucket0
+	}
+	return hashLabel(f.addrs)
+}
+
+// byFlow is where to hash what belongs to a flow of this protocol.
+func (a *assembler) byFlow(f family, proto uint8) string {
+	if !a.usePorts(f, proto) {
+		return a.byAddrs(f)
+	}
+	return hashLabel(f.tuple)
+}
+
+// hashLabel is where so many bytes of input are hashed.
+func hashLabel(n int) string { return fmt.Sprintf("hash%d", n) }
+
+// used reports whether an instruction so far goes to a label. The verifier
+// refuses code that is not reached.
+func (a *assembler) used(label string) bool {
+	return slices.ContainsFunc(a.insns, func(ins asm.Instruction) bool { return ins.Reference() == label })
+}
+
 // load copies n bytes from the frame at regL4 to the stack, or goes to fail.
 func (a *assembler) load(stack int32, n int32, fail string) {
 	a.add(asm.Mov.Reg(asm.R2, regL4))
 	a.loadAtR2(stack, n, fail)
 }
 
-// loadFixed is load from a fixed offset.
-func (a *assembler) loadFixed(offset, stack, n int32, fail string) {
+// loadFixed is load from a fixed offset, or goes to bucket 0.
+func (a *assembler) loadFixed(offset, stack, n int32) {
 	a.add(asm.Mov.Imm(asm.R2, offset))
-	a.loadAtR2(stack, n, fail)
+	a.loadAtR2(stack, n, labelBucket0)
 }
 
 func (a *assembler) loadAtR2(stack, n int32, fail string) {
@@ -154,18 +198,25 @@ func (a *assembler) ethernet() {
 		asm.JNE.Imm(asm.R0, 0, labelBucket0),
 		asm.LoadMem(regEnd, regSKB, skbLen, asm.Word),
 	)
-	a.loadFixed(12, stackScratch, 2, labelBucket0)
+	a.loadFixed(12, stackScratch, 2)
 	a.load16(stackScratch)
 	a.add(
 		asm.JEq.Imm(asm.R1, etherTypeIPv4, "ip4"),
 		asm.JEq.Imm(asm.R1, etherTypeIPv6, "ip6"),
-		asm.Ja.Label(labelBucket0),
+		asm.JNE.Imm(asm.R1, etherTypeMarker, labelBucket0),
+	)
+	// A mark names its queue.
+	a.loadFixed(markerQueue, stackScratch, 2)
+	a.load16(stackScratch)
+	a.add(
+		asm.Mov.Reg(asm.R0, asm.R1),
+		asm.Return(),
 	)
 }
 
 func (a *assembler) ipv4() {
 	a.at("ip4")
-	a.loadFixed(ethernetLen, stackHeader4, ipv4Len, labelBucket0)
+	a.loadFixed(ethernetLen, stackHeader4, ipv4Len)
 	a.load8(asm.R1, stackHeader4)
 	a.add(
 		asm.Mov.Reg(regL4, asm.R1),
@@ -186,14 +237,15 @@ func (a *assembler) ipv4() {
 	a.load16(stackHeader4 + 6)
 	a.add(
 		asm.And.Imm(asm.R1, ipv4FragmentBits),
-		asm.JNE.Imm(asm.R1, 0, family4.hashAddrs()),
+		asm.JNE.Imm(asm.R1, 0, a.byAddrs(family4)),
 	)
 	a.load8(regProto, stackHeader4+9)
+	a.add(asm.JEq.Imm(regProto, protoIGMP, labelBucket0))
 }
 
 func (a *assembler) ipv6() {
 	a.at("ip6")
-	a.loadFixed(ethernetLen, stackHeader6, ipv6Len, labelBucket0)
+	a.loadFixed(ethernetLen, stackHeader6, ipv6Len)
 	a.load8(asm.R1, stackHeader6)
 	a.add(
 		asm.RSh.Imm(asm.R1, 4),
@@ -207,69 +259,93 @@ func (a *assembler) ipv6() {
 		asm.Mov.Imm(regL4, ethernetLen+ipv6Len),
 	)
 	a.load8(regProto, stackHeader6+6)
-	a.extensions(family6.label("outer"), labelBucket0)
+	a.extensions(family6.label("outer"), ipv6FragmentBits, a.byAddrs(family6), labelBucket0)
 }
 
 // extensions moves regL4 and regProto behind the IPv6 extension headers. It
-// goes to the hash of the addresses if the packet is a fragment, and to fail if
+// goes to fragment at a fragment header with some of these bits, and to fail if
 // the chain leaves the packet or is too long.
-func (a *assembler) extensions(name, fail string) {
-	done := name + ".done"
-	for n := range MaxExtensionHeaders + 1 {
-		option, fragment, next := fmt.Sprintf("%s.option%d", name, n), fmt.Sprintf("%s.fragment%d", name, n), fmt.Sprintf("%s.next%d", name, n)
-		if n == MaxExtensionHeaders {
-			option, fragment = fail, fail
-		}
-		a.add(
-			asm.JEq.Imm(regProto, protoHopByHop, option),
-			asm.JEq.Imm(regProto, protoRouting, option),
-			asm.JEq.Imm(regProto, protoDestination, option),
-			asm.JEq.Imm(regProto, protoFragment, fragment),
-			asm.Ja.Label(done),
-		)
-		if n == MaxExtensionHeaders {
-			break
-		}
-		a.at(option)
-		a.within(extensionLen, fail)
-		a.load(stackScratch, extensionLen, fail)
-		a.load8(regProto, stackScratch)
-		a.load8(asm.R1, stackScratch+1)
-		a.add(
-			asm.Add.Imm(asm.R1, 1),
-			asm.LSh.Imm(asm.R1, 3),
-			asm.Add.Reg(regL4, asm.R1),
-			asm.JGT.Reg(regL4, regEnd, fail),
-			asm.Ja.Label(next),
-		)
-		a.at(fragment)
-		a.within(extensionLen, fail)
-		a.load(stackScratch, extensionLen, fail)
-		a.load8(regProto, stackScratch)
-		a.load16(stackScratch + 2)
-		a.add(
-			asm.And.Imm(asm.R1, ipv6FragmentBits),
-			asm.JNE.Imm(asm.R1, 0, family6.hashAddrs()),
-			asm.Add.Imm(regL4, extensionLen),
-		)
-		a.at(next)
+func (a *assembler) extensions(name string, fragmentBits int32, fragment, fail string) {
+	a.add( // as far as the packet goes, but no more than MaxExtensionBytes
+		asm.Mov.Reg(asm.R1, regL4),
+		asm.Add.Imm(asm.R1, MaxExtensionBytes),
+		asm.JLE.Reg(asm.R1, regEnd, name+".bounded"),
+		asm.Mov.Reg(asm.R1, regEnd),
+	)
+	a.at(name + ".bounded")
+	a.add(asm.StoreMem(asm.RFP, stackChain, asm.R1, asm.DWord))
+	for n := range MaxExtensionHeaders {
+		a.extension(fmt.Sprintf("%s%d", name, n), name, fragmentBits, fragment, fail)
 	}
-	a.at(done)
+	for _, kind := range extensionKinds {
+		a.add(asm.JEq.Imm(regProto, kind, fail))
+	}
+	a.at(name)
 }
 
-// transport reads the ports of a whole packet, or has quoted find the flow that
-// an ICMP error is about.
-func (a *assembler) transport(f family, quoted func()) {
-	portsAt := stackInput + f.addrs
+// extensionKinds are the types of headers for which isExtension holds.
+var extensionKinds = [...]int32{protoHopByHop, protoRouting, protoDestination, protoAuth, protoFragment}
+
+// extension moves regL4 and regProto behind one extension header, or goes to
+// done if there is none.
+func (a *assembler) extension(name, done string, fragmentBits int32, fragment, fail string) {
+	for _, kind := range extensionKinds {
+		a.add(asm.JEq.Imm(regProto, kind, name))
+	}
+	a.add(asm.Ja.Label(done))
+
+	a.at(name)
+	a.add(
+		asm.Mov.Reg(asm.R2, regL4),
+		asm.Add.Imm(asm.R2, extensionLen),
+		asm.LoadMem(asm.R1, asm.RFP, stackChain, asm.DWord),
+		asm.JGT.Reg(asm.R2, asm.R1, fail),
+	)
+	a.load(stackScratch, extensionLen, fail)
+	a.load8(asm.R1, stackScratch+1) // length in units of eight bytes
+	a.add(
+		asm.LSh.Imm(asm.R1, 3),
+		asm.JEq.Imm(regProto, protoFragment, name+".fragment"),
+		asm.JNE.Imm(regProto, protoAuth, name+".next"),
+		asm.RSh.Imm(asm.R1, 1), // in units of four
+		asm.Ja.Label(name+".next"),
+	)
+	a.at(name + ".fragment")
+	a.load16(stackScratch + 2)
+	a.add(
+		asm.And.Imm(asm.R1, fragmentBits),
+		asm.JNE.Imm(asm.R1, 0, fragment),
+		asm.Mov.Imm(asm.R1, 0),
+	)
+	a.at(name + ".next")
+	a.add(
+		asm.Add.Reg(regL4, asm.R1),
+		asm.Add.Imm(regL4, extensionLen),
+		asm.LoadMem(asm.R1, asm.RFP, stackChain, asm.DWord),
+		asm.JGT.Reg(regL4, asm.R1, fail),
+	)
+	a.load8(regProto, stackScratch)
+}
+
+// transport reads the ports of a whole packet, or has icmp find the flow that
+// an error is about.
+func (a *assembler) transport(f family) {
 	a.add(
 		asm.JEq.Imm(regProto, protoTCP, f.label("tcp")),
 		asm.JEq.Imm(regProto, protoUDP, f.label("udp")),
 		asm.JEq.Imm(regProto, f.icmp, f.label("icmp")),
-		asm.Ja.Label(f.hashAddrs()),
+		asm.Ja.Label(a.byAddrs(f)),
 	)
+	a.tcp(f)
+	a.udp(f)
+	a.icmp(f)
+}
 
-	// A header that is long enough and ends inside the packet is there: the
-	// checks of the lengths are checks of the bounds.
+// A transport header that is long enough and ends inside the packet is there:
+// in tcp and udp, the checks of the lengths are checks of the bounds.
+
+func (a *assembler) tcp(f family) {
+	portsAt := stackInput + f.addrs
 	a.at(f.label("tcp"))
 	a.load(int32(portsAt), 13, labelBucket0) // up to the data offset
 	a.load8(asm.R1, portsAt+12)
@@ -279,9 +355,12 @@ func (a *assembler) transport(f family, quoted func()) {
 		asm.JLT.Imm(asm.R1, tcpLen, labelBucket0),
 		asm.Add.Reg(asm.R1, regL4),
 		asm.JGT.Reg(asm.R1, regEnd, labelBucket0),
-		asm.Ja.Label(f.hashTuple()),
+		asm.Ja.Label(a.byFlow(f, protoTCP)),
 	)
+}
 
+func (a *assembler) udp(f family) {
+	portsAt := stackInput + f.addrs
 	a.at(f.label("udp"))
 	a.load(int32(portsAt), 6, labelBucket0) // up to the length
 	a.load16(portsAt + 4)
@@ -289,89 +368,99 @@ func (a *assembler) transport(f family, quoted func()) {
 		asm.JLT.Imm(asm.R1, udpLen, labelBucket0),
 		asm.Add.Reg(asm.R1, regL4),
 		asm.JGT.Reg(asm.R1, regEnd, labelBucket0),
-		asm.Ja.Label(f.hashTuple()),
+		asm.Ja.Label(a.byFlow(f, protoUDP)),
 	)
+}
 
+func (a *assembler) icmp(f family) {
 	a.at(f.label("icmp"))
 	a.within(icmpLen, labelBucket0)
 	a.load(stackScratch, 1, labelBucket0)
 	a.load8(asm.R1, stackScratch)
-	quoted()
-}
-
-// quoted4 has the type of an ICMP message in R1.
-func (a *assembler) quoted4() {
-	f := family4
-	for kind := range 256 {
-		if icmpv4Error(uint8(kind)) {
-			a.add(asm.JEq.Imm(asm.R1, int32(kind), f.label("error")))
+	if f.ipv6 {
+		a.add(
+			asm.JLT.Imm(asm.R1, icmpv6FirstInformational, f.label("error")),
+			asm.JEq.Imm(asm.R1, mldReport2, labelBucket0),
+			asm.JLT.Imm(asm.R1, mldFirst, a.byAddrs(f)),
+			asm.JGT.Imm(asm.R1, ndpLast, a.byAddrs(f)),
+			asm.Ja.Label(labelBucket0),
+		)
+	} else {
+		for kind := range 256 {
+			if icmpv4Error(uint8(kind)) {
+				a.add(asm.JEq.Imm(asm.R1, int32(kind), f.label("error")))
+			}
 		}
+		a.add(asm.Ja.Label(a.byAddrs(f)))
 	}
-	a.add(asm.Ja.Label(f.hashAddrs()))
 
 	a.at(f.label("error"))
 	a.add(asm.Add.Imm(regL4, icmpLen))
-	a.within(ipv4Len, f.hashAddrs())
-	a.load(stackScratch, ipv4Len, f.hashAddrs())
-	a.load8(asm.R1, stackScratch)
+	a.within(int32(f.header), a.byAddrs(f))
+	a.load(stackQuote, int32(f.header), a.byAddrs(f))
+	if f.ipv6 {
+		a.quoted6()
+	} else {
+		a.quoted4()
+	}
+	a.quotedFlow(f)
+}
+
+// quoted4 finds the transport header of a quoted packet, or goes to the hash of
+// the error's own addresses.
+func (a *assembler) quoted4() {
+	fail := a.byAddrs(family4)
+	a.load8(asm.R1, stackQuote)
 	a.add(
 		asm.Mov.Reg(asm.R2, asm.R1),
 		asm.RSh.Imm(asm.R2, 4),
-		asm.JNE.Imm(asm.R2, 4, f.hashAddrs()),
+		asm.JNE.Imm(asm.R2, 4, fail),
 		asm.And.Imm(asm.R1, 0xf),
 		asm.LSh.Imm(asm.R1, 2),
-		asm.JLT.Imm(asm.R1, ipv4Len, f.hashAddrs()),
+		asm.JLT.Imm(asm.R1, ipv4Len, fail),
 		asm.Add.Reg(regL4, asm.R1),
 	)
-	a.exchange(stackScratch+12, stackInput, 4)
-	a.load16(stackScratch + 6)
+	a.load16(stackQuote + 6)
 	a.add(
-		asm.And.Imm(asm.R1, ipv4FragmentBits),
-		asm.JNE.Imm(asm.R1, 0, f.hashAddrs()),
+		asm.And.Imm(asm.R1, ipv4FragmentOffset),
+		asm.JNE.Imm(asm.R1, 0, fail),
 	)
-	a.load8(regProto, stackScratch+9)
-	a.quotedPorts(f)
+	a.load8(regProto, stackQuote+9)
 }
 
-// quoted6 has the type of an ICMPv6 message in R1.
+// quoted6 is quoted4 for IPv6.
 func (a *assembler) quoted6() {
-	f := family6
-	a.add(
-		asm.JLT.Imm(asm.R1, icmpv6FirstInformational, f.label("error")),
-		asm.JLT.Imm(asm.R1, ndpFirst, f.hashAddrs()),
-		asm.JGT.Imm(asm.R1, ndpLast, f.hashAddrs()),
-		asm.Ja.Label(labelBucket0),
-	)
-
-	a.at(f.label("error"))
-	a.add(asm.Add.Imm(regL4, icmpLen))
-	a.within(ipv6Len, f.hashAddrs())
-	a.load(stackScratch, ipv6Len, f.hashAddrs())
-	a.load8(asm.R1, stackScratch)
+	fail := a.byAddrs(family6)
+	a.load8(asm.R1, stackQuote)
 	a.add(
 		asm.RSh.Imm(asm.R1, 4),
-		asm.JNE.Imm(asm.R1, 6, f.hashAddrs()),
+		asm.JNE.Imm(asm.R1, 6, fail),
 		asm.Add.Imm(regL4, ipv6Len),
 	)
-	a.exchange(stackScratch+8, stackInput, 16)
-	a.load8(regProto, stackScratch+6)
-	a.extensions(f.label("quoted"), f.hashAddrs())
-	a.quotedPorts(f)
+	a.load8(regProto, stackQuote+6)
+	a.extensions(family6.label("quoted"), ipv6FragmentOffset, fail, fail)
 }
 
-// quotedPorts adds the exchanged ports of a quoted TCP or UDP packet.
-func (a *assembler) quotedPorts(f family) {
+// quotedFlow hashes the exchanged addresses and, where they count, ports of a
+// quoted packet.
+func (a *assembler) quotedFlow(f family) {
 	ports := f.label("ports")
-	a.add(
-		asm.JEq.Imm(regProto, protoTCP, ports),
-		asm.JEq.Imm(regProto, protoUDP, ports),
-		asm.Ja.Label(f.hashAddrs()),
-	)
-	a.at(ports)
-	a.within(4, f.hashAddrs())
-	a.load(stackScratch, 4, f.hashAddrs())
-	a.exchange(stackScratch, stackInput+f.addrs, 2)
-	a.add(asm.Ja.Label(f.hashTuple()))
+	for _, proto := range [...]uint8{protoTCP, protoUDP} {
+		if a.usePorts(f, proto) {
+			a.add(asm.JEq.Imm(regProto, int32(proto), ports))
+		}
+	}
+	a.exchange(f.quoted, stackInput, f.addr)
+	a.add(asm.Ja.Label(a.byAddrs(f)))
+
+	if a.used(ports) {
+		a.at(ports)
+		a.within(portsLen, a.byAddrs(f))
+		a.load(stackScratch, portsLen, a.byAddrs(f))
+		a.exchange(f.quoted, stackInput, f.addr)
+		a.exchange(stackScratch, stackInput+f.addrs, portsLen/2)
+		a.add(asm.Ja.Label(hashLabel(f.tuple)))
+	}
 }
 
 // exchange copies a pair of items of n bytes each, the second first.
@@ -394,13 +483,17 @@ func (a *assembler) exchange(from, to, n int) {
 // hash computes the hash of the input into R0. The four lengths share one run
 // of look-ups and leave it at different points.
 func (a *assembler) hash(tablesFD int) {
-	lengths := [...]int{family4.addrs, family4.tuple, family6.addrs, family6.tuple}
-	for _, n := range lengths {
-		a.at(fmt.Sprintf(labelHash, n))
-		a.add(
-			asm.Mov.Imm(regProto, int32(n)),
-			asm.Ja.Label("hash"),
-		)
+	for _, n := range [...]int{family4.addrs, family4.tuple, family6.addrs, family6.tuple} {
+		if a.used(hashLabel(n)) {
+			a.at(hashLabel(n))
+			a.add(
+				asm.Mov.Imm(regProto, int32(n)),
+				asm.Ja.Label("hash"),
+			)
+		}
+	}
+	if !a.used("hash") {
+		return // no hash type is on
 	}
 	a.at("hash")
 	a.add(asm.Mov.Imm(asm.R0, 0))

@@ -26,7 +26,7 @@ const maxQueues = 256
 // What the kernel does not do:
 //   - Tell anybody the hash or the class. User space computes both again.
 //   - Keep the fragments of a datagram with its flow. They go by addresses, all
-//     to one queue; user space forwards them.
+//     to one queue; [Fragments] takes it from there.
 //   - Follow a move at once. Frames queued under the old table stay where they
 //     are.
 //   - Count. A frame for a full queue is gone; the interface's tx_dropped knows.
@@ -46,15 +46,11 @@ type Program struct {
 	queues [Buckets]uint32 // guarded by mu: what reta holds
 }
 
-// NewProgram builds the steering program for a key and has the kernel check it.
-// The error matches [os.ErrPermission] if the process may not load programs:
+// NewProgram builds the steering program for a hash key and its hash types, and
+// has the kernel check it. The error matches [os.ErrPermission] if the process may not load programs:
 // CAP_BPF and CAP_NET_ADMIN, or CAP_SYS_ADMIN, would do. It needs Linux 5.3;
 // before 5.11 its 40 KiB count against RLIMIT_MEMLOCK.
-func NewProgram(k Key) (*Program, error) {
-	return newProgram(k, 0)
-}
-
-func newProgram(k Key, logLevel ebpf.LogLevel) (_ *Program, err error) {
+func NewProgram(t *Toeplitz) (_ *Program, err error) {
 	p := new(Program)
 	defer func() {
 		if err != nil {
@@ -68,7 +64,7 @@ func newProgram(k Key, logLevel ebpf.LogLevel) (_ *Program, err error) {
 		ValueSize:  tablesLen,
 		MaxEntries: 1,
 		Flags:      unix.BPF_F_RDONLY_PROG,
-		Contents:   []ebpf.MapKV{{Key: uint32(0), Value: &NewToeplitz(k).tables}},
+		Contents:   []ebpf.MapKV{{Key: uint32(0), Value: &t.tables}},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("create steering hash tables: %w", err)
@@ -87,18 +83,28 @@ func newProgram(k Key, logLevel ebpf.LogLevel) (_ *Program, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("create steering indirection table: %w", err)
 	}
-	p.prog, err = ebpf.NewProgramWithOptions(&ebpf.ProgramSpec{
+	p.prog, err = ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name:         "steer",
 		Type:         ebpf.SocketFilter,
-		Instructions: steeringInstructions(p.tables.FD(), p.reta.FD()),
+		Instructions: steeringInstructions(t.types, p.tables.FD(), p.reta.FD()),
 		// The helpers we call are open to programs of any licence; this is the
 		// one of the project.
 		License: "Apache-2.0",
-	}, ebpf.ProgramOptions{LogLevel: logLevel})
+	})
 	if err != nil {
-		return nil, fmt.Errorf("load steering program: %w", err)
+		return nil, loadError(err)
 	}
 	return p, nil
+}
+
+// loadError keeps the verifier's EACCES, which says that the program is bad,
+// from looking like the lack of a permission. Only the verifier writes a log.
+func loadError(err error) error {
+	var refused *ebpf.VerifierError
+	if errors.As(err, &refused) && len(refused.Log) > 0 {
+		return fmt.Errorf("load steering program: the verifier refuses it: %s", err.Error())
+	}
+	return fmt.Errorf("load steering program: %w", err)
 }
 
 // FD returns the file descriptor of the program, valid until Close.

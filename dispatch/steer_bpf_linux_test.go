@@ -1,9 +1,12 @@
 package dispatch
 
 import (
+	"encoding/binary"
 	"errors"
+	"iter"
 	"os"
 	"runtime"
+	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -12,9 +15,9 @@ import (
 
 // newTestProgram returns a program, or skips the test where the kernel does not
 // let us load one.
-func newTestProgram(t testing.TB, k Key) *Program {
+func newTestProgram(t testing.TB, toeplitz *Toeplitz) *Program {
 	t.Helper()
-	p, err := NewProgram(k)
+	p, err := NewProgram(toeplitz)
 	if errors.Is(err, os.ErrPermission) {
 		t.Skipf("loading eBPF programs is not permitted here: %v", err)
 	}
@@ -49,38 +52,53 @@ func oneToOne() (queues [Buckets]uint32) {
 	return queues
 }
 
+// The kernel and user space have to say the same of every frame. What both say
+// is checked against the model in TestParseMatchesModel; here it names the rules.
 func TestProgramAgreesWithParse(t *testing.T) {
-	frames := 120_000
-	if testing.Short() {
-		frames = 12_000
-	}
-	k := randomKey(t)
-	program := newTestProgram(t, k)
-	if err := program.SetQueues(oneToOne()); err != nil {
-		t.Fatal(err)
-	}
-	toeplitz := NewToeplitz(k)
-	maker := newFrameMaker(42)
-	var classes [NumClasses]int
-	var p Parsed
-	for n := range frames {
-		frame := maker.frame()
-		toeplitz.Parse(frame, &p)
-		classes[p.Class]++
-		if got, want := steer(t, program, frame), p.Hash%Buckets; got != want {
-			t.Fatalf("frame %d: the kernel says bucket %d, Parse %d: %+v, key %x\n%x", n, got, want, p, k, frame)
+	rules := map[string]int{}
+	cuts := cutFrames(t)
+	forAllTypes(t, func(k Key, types HashTypes, frames iter.Seq[[]byte]) {
+		toeplitz := NewToeplitzTypes(k, types)
+		program, err := NewProgram(toeplitz)
+		if errors.Is(err, os.ErrPermission) {
+			t.Skipf("loading eBPF programs is not permitted here: %v", err)
 		}
-	}
-	for c, n := range classes {
-		t.Logf("%-18s %d frames", Class(c), n)
-		if n < frames/1000 {
-			t.Errorf("only %d of %d frames of class %s: the comparison says nothing about it", n, frames, Class(c))
+		if err != nil {
+			t.Fatalf("types %s: %+v", types, err)
 		}
-	}
+		defer func() {
+			if err := program.Close(); err != nil {
+				t.Errorf("Close: %v", err)
+			}
+		}()
+		if err := program.SetQueues(oneToOne()); err != nil {
+			t.Fatal(err)
+		}
+		check := func(frame []byte) {
+			t.Helper()
+			want, rule := steeringModel{k, types}.parse(frame)
+			rules[rule]++
+			var p Parsed
+			toeplitz.Parse(frame, &p)
+			if got := steer(t, program, frame); got != p.Hash%Buckets || p != want {
+				t.Fatalf("the kernel says bucket %d, Parse %d, the model %d by rule %q: types %s, key %x, %+v\n%x",
+					got, p.Hash%Buckets, want.Hash%Buckets, rule, types, k, p, frame)
+			}
+		}
+		for frame := range frames {
+			check(frame)
+		}
+		if types == HashAll || types == 0 {
+			for _, frame := range cuts {
+				check(frame)
+			}
+		}
+	})
+	checkRules(t, rules)
 }
 
 func TestProgramQueues(t *testing.T) {
-	program := newTestProgram(t, VerificationKey)
+	program := newTestProgram(t, NewToeplitz(VerificationKey))
 	frame := vectors[0].frame(t, true)
 	bucket := int(vectors[0].withPorts % Buckets)
 
@@ -108,6 +126,14 @@ func TestProgramQueues(t *testing.T) {
 	}
 	check("after SetQueue of another bucket", maxQueues-1)
 
+	mark := binary.BigEndian.AppendUint16(ethernet(etherTypeMarker, nil), 77)
+	if got := steer(t, program, mark); got != 77 {
+		t.Errorf("mark for queue 77: queue %d", got)
+	}
+	if got := steer(t, program, mark[:len(mark)-1]); got != 0 {
+		t.Errorf("truncated mark: queue %d, want the one of bucket 0", got)
+	}
+
 	for _, bad := range []struct {
 		bucket int
 		queue  uint32
@@ -124,7 +150,7 @@ func TestProgramQueues(t *testing.T) {
 }
 
 func TestProgramClose(t *testing.T) {
-	program := newTestProgram(t, VerificationKey)
+	program := newTestProgram(t, NewToeplitz(VerificationKey))
 	for range 2 {
 		if err := program.Close(); err != nil {
 			t.Errorf("Close: %v", err)
@@ -136,7 +162,7 @@ func TestProgramClose(t *testing.T) {
 }
 
 func TestProgramNotPermitted(t *testing.T) {
-	newTestProgram(t, VerificationKey) // skips if this process may not anyway
+	newTestProgram(t, NewToeplitz(VerificationKey)) // skips if this process may not anyway
 	allowed, err := os.ReadFile("/proc/sys/kernel/unprivileged_bpf_disabled")
 	if err != nil || string(allowed) == "0\n" {
 		t.Skipf("kernel.unprivileged_bpf_disabled is %q (%v): programs need no privilege", allowed, err)
@@ -152,7 +178,7 @@ func TestProgramNotPermitted(t *testing.T) {
 			got <- err
 			return
 		}
-		p, err := NewProgram(VerificationKey)
+		p, err := NewProgram(NewToeplitz(VerificationKey))
 		if err == nil {
 			err = p.Close()
 		}
@@ -163,8 +189,18 @@ func TestProgramNotPermitted(t *testing.T) {
 	}
 }
 
+func TestLoadError(t *testing.T) {
+	refused := &ebpf.VerifierError{Cause: unix.EACCES, Log: []string{"misaligned stack access"}}
+	if err := loadError(refused); errors.Is(err, os.ErrPermission) || !strings.Contains(err.Error(), refused.Log[0]) {
+		t.Errorf("refused by the verifier: error %v, want its words and not os.ErrPermission", err)
+	}
+	if err := loadError(&ebpf.VerifierError{Cause: unix.EPERM}); !errors.Is(err, os.ErrPermission) {
+		t.Errorf("not permitted: error %v, want os.ErrPermission", err)
+	}
+}
+
 func BenchmarkProgram(b *testing.B) {
-	program := newTestProgram(b, VerificationKey)
+	program := newTestProgram(b, NewToeplitz(VerificationKey))
 	for _, bench := range []struct {
 		name string
 		v    vector

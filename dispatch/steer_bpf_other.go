@@ -11,7 +11,7 @@ import (
 type Program struct{}
 
 // NewProgram fails with [errors.ErrUnsupported]: steering needs Linux.
-func NewProgram(Key) (*Program, error) {
+func NewProgram(*Toeplitz) (*Program, error) {
 	return nil, fmt.Errorf("load steering program: %w", errors.ErrUnsupported)
 }
 

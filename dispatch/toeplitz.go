@@ -1,18 +1,11 @@
 package dispatch
 
 import (
-	"crypto/rand"
 	"encoding/binary"
-	"fmt"
-	"io"
 	"math/bits"
 )
 
 const (
-	// keyLen is the length in bytes of an RSS hash key: the longest input plus
-	// the 32 bits of the last window.
-	keyLen = 40
-
 	// maxInput is the longest hash input in bytes: two IPv6 addresses and two
 	// ports.
 	maxInput = 36
@@ -20,105 +13,26 @@ const (
 	// Where the ports follow the addresses in the hash input, in bytes.
 	portsAt4 = 8
 	portsAt6 = 32
-
-	// maxKeyDraws bounds the search of NewKey. About one key in 85 passes, so
-	// this many failures mean a broken random source, not bad luck.
-	maxKeyDraws = 100_000
 )
 
-// Key is the hash key of receive-side scaling, most significant bit first.
-//
-// The Toeplitz hash is linear: whoever knows the key can choose tuples that
-// share a bucket and so load one shard alone. Draw a key with [NewKey] at every
-// start and keep it out of logs.
-type Key [keyLen]byte
-
-// VerificationKey is the key of Microsoft's RSS verification suite. It is
-// public: use it to check a hash, never to steer.
-var VerificationKey = Key{
-	0x6d, 0x5a, 0x56, 0xda, 0x25, 0x5b, 0x0e, 0xc2,
-	0x41, 0x67, 0x25, 0x3d, 0x43, 0xa3, 0x8f, 0xb0,
-	0xd0, 0xca, 0x2b, 0xcb, 0xae, 0x7b, 0x30, 0xb4,
-	0x77, 0xcb, 0x2d, 0xa3, 0x80, 0x30, 0xf2, 0x0c,
-	0x6a, 0x42, 0xb7, 0x3b, 0xbe, 0xac, 0x01, 0xfa,
-}
-
-// NewKey draws a random key for which [Key.ReachesAllBuckets] holds. It fails
-// only if the random source does.
-func NewKey() (Key, error) { return drawKey(rand.Reader) }
-
-func drawKey(random io.Reader) (Key, error) {
-	var k Key
-	for range maxKeyDraws {
-		if _, err := io.ReadFull(random, k[:]); err != nil {
-			return Key{}, fmt.Errorf("draw hash key: %w", err)
-		}
-		if k.ReachesAllBuckets() {
-			return k, nil
-		}
-	}
-	return Key{}, fmt.Errorf("draw hash key: none of %d keys reaches every bucket, want about one in 85: the random source is broken", maxKeyDraws)
-}
-
-// ReachesAllBuckets reports whether [Buckets] consecutive ports, counted from a
-// multiple of their number, fall into all buckets, one each, whatever the rest
-// of the tuple is. It asks this of the source and the destination port, of
-// IPv4 and IPv6, and of steps of one and of two: Linux gives outgoing
-// connections ports of one parity (__inet_hash_connect in
-// net/ipv4/inet_hashtables.c).
-//
-// Half of all random keys fail each single one of these questions, and the
-// flows of a client then gather in a part of the shards.
-func (k Key) ReachesAllBuckets() bool {
-	for _, at := range [...]int{portsAt4, portsAt4 + 2, portsAt6, portsAt6 + 2} {
-		for _, step := range [...]int{1, 2} {
-			if !k.portsReachAllBuckets(at, step) {
-				return false
-			}
-		}
-	}
-	return true
-}
-
-// portsReachAllBuckets looks at the port that starts at byte at of the input.
-// The rest of the tuple adds a constant to the hash, by exclusive or, which
-// permutes the buckets; so one choice of the rest stands for all.
-func (k Key) portsReachAllBuckets(at, step int) bool {
-	var seen [Buckets]bool
-	for i := range Buckets {
-		var h uint32
-		for port := uint16(i * step); port != 0; port &= port - 1 {
-			h ^= k.window(at*8 + 15 - bits.TrailingZeros16(port))
-		}
-		bucket := h % Buckets
-		if seen[bucket] {
-			return false
-		}
-		seen[bucket] = true
-	}
-	return true
-}
-
-// window returns the 32 bits of the key that start at the given bit: what one
-// set input bit at this place adds to the hash.
-func (k *Key) window(bit int) uint32 {
-	b := k[bit/8:]
-	forty := uint64(binary.BigEndian.Uint32(b))<<8 | uint64(b[4])
-	return uint32(forty >> (8 - bit%8))
-}
-
 // Toeplitz computes the RSS hash by table: one look-up per input byte instead
-// of one test per bit. It is immutable after [NewToeplitz] and may be used by
-// any number of goroutines.
+// of one test per bit. It also holds the hash types, so that all who steer by it
+// agree: [Toeplitz.Parse], [Toeplitz.HashTuple], [Fragments] and [Program]. It
+// is immutable after [NewToeplitz] and may be used by any number of goroutines.
 //
 // The tables are 36 KiB, of which IPv4 touches the first 12.
 type Toeplitz struct {
+	types  HashTypes
 	tables [maxInput][256]uint32
 }
 
-// NewToeplitz expands a key into tables.
-func NewToeplitz(k Key) *Toeplitz {
-	t := new(Toeplitz)
+// NewToeplitz expands a key into tables, for all hash types. It does not check
+// the key.
+func NewToeplitz(k Key) *Toeplitz { return NewToeplitzTypes(k, HashAll) }
+
+// NewToeplitzTypes is [NewToeplitz] for some hash types.
+func NewToeplitzTypes(k Key, types HashTypes) *Toeplitz {
+	t := &Toeplitz{types: types}
 	for i := range t.tables {
 		for v := 1; v < 256; v++ {
 			lowest := bits.TrailingZeros8(uint8(v))
@@ -128,8 +42,11 @@ func NewToeplitz(k Key) *Toeplitz {
 	return t
 }
 
+// Types returns the hash types.
+func (t *Toeplitz) Types() HashTypes { return t.types }
+
 // Hash returns the RSS hash of b: addresses and ports in network order, source
-// first. It panics if b is longer than 36 bytes.
+// first. It looks at no hash type and panics if b is longer than 36 bytes.
 func (t *Toeplitz) Hash(b []byte) uint32 {
 	// By words: four look-ups at a time do not wait for each other's sum.
 	tables := t.tables[:len(b)]
@@ -166,6 +83,22 @@ func (t *Toeplitz) addrs6(src, dst *[16]byte) uint32 {
 		t.word(20, binary.BigEndian.Uint32(dst[4:])) ^
 		t.word(24, binary.BigEndian.Uint32(dst[8:])) ^
 		t.word(28, binary.BigEndian.Uint32(dst[12:]))
+}
+
+// byAddrs returns the hash of packets hashed by their addresses alone.
+func (t *Toeplitz) byAddrs(ipv6 bool, addrs uint32) uint32 {
+	if t.types&hashType(ipv6, 0) == 0 {
+		return 0
+	}
+	return addrs
+}
+
+// byFlow returns the hash of packets with ports.
+func (t *Toeplitz) byFlow(ipv6 bool, proto uint8, addrs, ports uint32) uint32 {
+	if !t.types.usePorts(ipv6, proto) {
+		return t.byAddrs(ipv6, addrs)
+	}
+	return addrs ^ t.ports(ipv6, ports)
 }
 
 // ports returns what source and destination port, as the halves of one word,

@@ -1,12 +1,9 @@
 package dispatch
 
 import (
-	"bytes"
 	"crypto/rand"
 	"encoding/binary"
-	"errors"
 	"fmt"
-	mathrand "math/rand/v2"
 	"net/netip"
 	"testing"
 
@@ -52,31 +49,6 @@ func (v vector) frame(tb testing.TB, ports bool) []byte {
 	return serialize(tb, ipLayer(v.src.Addr(), v.dst.Addr(), proto), rest...)
 }
 
-// hashBits is the definition of the hash, bit by bit: for every set bit of the
-// input, the 32 bits of the key that start there.
-func (k Key) hashBits(b []byte) uint32 {
-	var h uint32
-	for i := range len(b) * 8 {
-		if b[i/8]>>(7-i%8)&1 == 0 {
-			continue
-		}
-		for j := range 32 {
-			bit := uint32(k[(i+j)/8]>>(7-(i+j)%8)) & 1
-			h ^= bit << (31 - j)
-		}
-	}
-	return h
-}
-
-func randomKey(t *testing.T) Key {
-	t.Helper()
-	k, err := NewKey()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return k
-}
-
 func TestVectors(t *testing.T) {
 	toeplitz := NewToeplitz(VerificationKey)
 	for _, v := range vectors {
@@ -99,7 +71,7 @@ func TestVectors(t *testing.T) {
 				}
 				got := toeplitz.HashAddrs(v.src.Addr(), v.dst.Addr())
 				if ports {
-					got = toeplitz.HashTuple(Tuple{v.src.Addr(), v.dst.Addr(), v.src.Port(), v.dst.Port()})
+					got = toeplitz.HashTuple(Tuple{v.src.Addr(), v.dst.Addr(), v.src.Port(), v.dst.Port(), 0})
 				}
 				if got != want {
 					t.Errorf("by netip.Addr %08x, want %08x", got, want)
@@ -148,90 +120,20 @@ func TestHashTupleFamilies(t *testing.T) {
 		{"no source", netip.Addr{}, v.dst.Addr(), 0},
 		{"no destination", v.src.Addr(), netip.Addr{}, 0},
 	} {
-		if got := toeplitz.HashTuple(Tuple{c.src, c.dst, v.src.Port(), v.dst.Port()}); got != c.want {
+		if got := toeplitz.HashTuple(Tuple{c.src, c.dst, v.src.Port(), v.dst.Port(), 0}); got != c.want {
 			t.Errorf("%s: %08x, want %08x", c.name, got, c.want)
 		}
 	}
 	zoned := vectors[7]
-	if got := toeplitz.HashTuple(Tuple{zoned.src.Addr(), zoned.dst.Addr().WithZone("tap0"), zoned.src.Port(), zoned.dst.Port()}); got != zoned.withPorts {
+	if got := toeplitz.HashTuple(Tuple{zoned.src.Addr(), zoned.dst.Addr().WithZone("tap0"), zoned.src.Port(), zoned.dst.Port(), 0}); got != zoned.withPorts {
 		t.Errorf("with a zone: %08x, want %08x", got, zoned.withPorts)
 	}
 }
 
-func TestNewKeyReachesAllBuckets(t *testing.T) {
-	rng := mathrand.New(mathrand.NewPCG(7, 7))
-	addrs := [][2]netip.Addr{{peer4, us4}, {peer6, us6}}
-	for range 20 { // keys, so that none passes by luck
-		k := randomKey(t)
-		toeplitz := NewToeplitz(k)
-		for _, a := range addrs {
-			for _, step := range []int{1, 2} {
-				first := uint16(rng.IntN(65536/256)) * 256
-				other := uint16(rng.Uint32())
-				var bySrc, byDst [Buckets]int
-				for i := range Buckets {
-					port := first + uint16(i*step)
-					bySrc[toeplitz.HashTuple(Tuple{a[0], a[1], port, other})%Buckets]++
-					byDst[toeplitz.HashTuple(Tuple{a[0], a[1], other, port})%Buckets]++
-				}
-				for b := range Buckets {
-					if bySrc[b] != 1 || byDst[b] != 1 {
-						t.Fatalf("%s, ports %d step %d: bucket %d has %d source and %d destination ports, want 1, key %x",
-							a[0], first, step, b, bySrc[b], byDst[b], k)
-					}
-				}
-			}
-		}
-	}
-}
-
-func TestReachesAllBuckets(t *testing.T) {
-	var symmetric Key // 16 bits of entropy: only 16 different windows
-	for i := range symmetric {
-		symmetric[i] = []byte{0x6d, 0x5a}[i%2]
-	}
-	good := randomKey(t)
-	spoiled := good
-	clear(spoiled[38:]) // these decide the bucket for the IPv6 destination port alone
-	for _, c := range []struct {
-		name string
-		k    Key
-		want bool
-	}{
-		{"zero", Key{}, false},
-		{"drawn", good, true},
-		{"without its last bytes", spoiled, false},
-	} {
-		if got := c.k.ReachesAllBuckets(); got != c.want {
-			t.Errorf("%s: %t, want %t, key %x", c.name, got, c.want, c.k)
-		}
-	}
-	t.Logf("verification key: %t, symmetric key: %t", VerificationKey.ReachesAllBuckets(), symmetric.ReachesAllBuckets())
-}
-
-func TestDrawKey(t *testing.T) {
-	// The first key is useless and has to be drawn again.
-	good := randomKey(t)
-	got, err := drawKey(bytes.NewReader(append(make([]byte, keyLen), good[:]...)))
-	if err != nil || got != good {
-		t.Errorf("drawKey = %x, %v, want the second key %x", got, err, good)
-	}
-	if _, err := drawKey(zeros{}); err == nil {
-		t.Error("drawKey accepted a source of zeros")
-	}
-	if _, err := drawKey(bytes.NewReader(nil)); err == nil || errors.Unwrap(err) == nil {
-		t.Errorf("drawKey from an empty source: error %v, want the reader's", err)
-	}
-}
-
-type zeros struct{}
-
-func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
-
 func TestHashAllocs(t *testing.T) {
 	toeplitz := NewToeplitz(VerificationKey)
 	b := make([]byte, maxInput)
-	flow := Tuple{vectors[7].src.Addr(), vectors[7].dst.Addr(), 1, 2}
+	flow := Tuple{vectors[7].src.Addr(), vectors[7].dst.Addr(), 1, 2, 0}
 	var sum uint32
 	if n := testing.AllocsPerRun(100, func() { sum += toeplitz.Hash(b) + toeplitz.HashTuple(flow) }); n != 0 {
 		t.Errorf("%v allocations per run, want 0", n)

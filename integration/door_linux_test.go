@@ -59,6 +59,18 @@ func serveEchoOn(l net.Listener) {
 	}
 }
 
+// echoPackets echoes datagrams until p is closed.
+func echoPackets(p net.PacketConn) {
+	buf := make([]byte, 65_536)
+	for {
+		n, from, err := p.ReadFrom(buf)
+		if err != nil {
+			return
+		}
+		_, _ = p.WriteTo(buf[:n], from) // the peer judges what it gets
+	}
+}
+
 // TestHTTP runs net/http on the stack and moves 16 MiB each way.
 func TestHTTP(t *testing.T) {
 	const size = 16 << 20
@@ -140,16 +152,7 @@ func TestDialKernel(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer server.Close()
-			go func() {
-				buf := make([]byte, 65_536)
-				for {
-					n, from, err := server.ReadFrom(buf)
-					if err != nil {
-						return
-					}
-					_, _ = server.WriteTo(buf[:n], from) // the client judges
-				}
-			}()
+			go echoPackets(server)
 			buf := make([]byte, 65_536)
 			for i, size := range []int{0, 1, 1400, 5000, 30_000} {
 				c := r.dial(t, "udp", server.LocalAddr().String())

@@ -38,8 +38,8 @@ func TestMain(m *testing.M) {
 			os.Exit(status)
 		}
 		missing = fmt.Errorf("a network namespace: %w", err)
-	} else if err := prepare(); err != nil {
-		missing = err
+	} else if missing = prepare(); missing == nil {
+		names.missing = useNameServer()
 	}
 	runtime.GOMAXPROCS(max(procs, runtime.NumCPU()))
 	before := runtime.NumGoroutine()
@@ -51,9 +51,9 @@ func TestMain(m *testing.M) {
 	os.Exit(status)
 }
 
-// runInside runs the test binary again in a new network namespace, without root
-// in a new user namespace as well, and returns its exit status. The error says
-// that it did not start.
+// runInside runs the test binary again in a new network and a new mount
+// namespace, without root in a new user namespace as well, and returns its exit
+// status. The error says that it did not start.
 func runInside() (status int, err error) {
 	// The kernel kills the child when the thread that started it ends.
 	runtime.LockOSThread()
@@ -62,7 +62,11 @@ func runInside() (status int, err error) {
 	again := exec.Command("/proc/self/exe", os.Args[1:]...)
 	again.Env = append(os.Environ(), insideVar+"=1")
 	again.Stdout, again.Stderr = os.Stdout, os.Stderr
-	again.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	again.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:   unix.CLONE_NEWNET,
+		Unshareflags: unix.CLONE_NEWNS,
+		Pdeathsig:    syscall.SIGKILL,
+	}
 	if uid := os.Geteuid(); uid != 0 {
 		again.SysProcAttr.Cloneflags |= unix.CLONE_NEWUSER
 		again.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{HostID: uid, Size: 1}}

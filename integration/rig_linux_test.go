@@ -136,9 +136,14 @@ func (n subnet) configure(t *testing.T, cfg stack.Config) stack.Config {
 // own. When the test ends, connections and receive buffers must have come back.
 func open(t *testing.T, cfg stack.Config) *rig {
 	t.Helper()
-	needNetwork(t)
 	n := newSubnet()
-	cfg = n.configure(t, cfg)
+	return n.open(t, n.configure(t, cfg))
+}
+
+// open starts a stack with the whole of cfg.
+func (n subnet) open(t *testing.T, cfg stack.Config) *rig {
+	t.Helper()
+	needNetwork(t)
 	s, err := stack.New(cfg)
 	if errors.Is(err, os.ErrPermission) && cfg.Steering == stack.SteeringKernel {
 		t.Skipf("needs the right to load a steering program: %v", err)
@@ -174,7 +179,7 @@ func (r *rig) settle(t *testing.T) {
 // totals are counters added up over shards and groups.
 type totals struct {
 	stack.ShardStats
-	frames, checksumErrors uint64
+	frames, checksumErrors, outOfOrder uint64
 }
 
 func (r *rig) sum() (sum totals) {
@@ -188,6 +193,8 @@ func (r *rig) sum() (sum totals) {
 		for cause, n := range s.DroppedByCause {
 			sum.DroppedByCause[cause] += n
 		}
+		sum.FramesKept += s.FramesKept
+		sum.MoveStallMax = max(sum.MoveStallMax, s.MoveStallMax)
 		sum.ConnsOpen += s.ConnsOpen
 		sum.ConnsAccepted += s.ConnsAccepted
 		sum.ConnsDialed += s.ConnsDialed
@@ -198,6 +205,7 @@ func (r *rig) sum() (sum totals) {
 		for _, g := range s.Groups {
 			sum.frames += g.Frames
 			sum.checksumErrors += g.ChecksumErrors
+			sum.outOfOrder += g.OutOfOrder
 		}
 	}
 	return sum

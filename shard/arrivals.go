@@ -11,7 +11,7 @@ import (
 
 // arrivalSlots is how many flows' queues are remembered; two flows that share
 // a slot may be answered on each other's queue.
-const arrivalSlots = 4096
+const arrivalSlots = 1024
 
 // arrivals remembers on which queue the frames of a flow arrive, for stacks
 // without kernel steering. An answer must leave on the same one: the kernel
@@ -19,7 +19,7 @@ const arrivalSlots = 4096
 // processed (tun_flow_update of drivers/net/tun.c), and what arrives there
 // then overtakes what the other queue and the ring still hold.
 //
-// Owned by the shard's thread.
+// Each group has its own, and takes it along to another shard.
 type arrivals struct {
 	queues []*dispatch.Queue   // by shard
 	slots  [arrivalSlots]uint8 // 1 + shard, 0: unknown
@@ -67,5 +67,5 @@ func flowSlot(ip, ports []byte, v6 bool) uint32 {
 		x ^= uint32(binary.LittleEndian.Uint16(ports) ^ binary.LittleEndian.Uint16(ports[2:]))
 	}
 	const golden = 0x9e3779b1 // 2^32 divided by the golden ratio (Knuth, TAOCP 6.4)
-	return x * golden >> 20 % arrivalSlots
+	return x * golden >> 22 % arrivalSlots
 }

@@ -133,6 +133,8 @@ func (c *Conn) enqueue() {
 	}
 }
 
+func (c *Conn) group() *Group { return c.g }
+
 // serve runs the connection's events.
 func (c *Conn) serve(s *Shard) {
 	c.queued = false
@@ -388,7 +390,9 @@ func (c *Conn) Resume() {
 // Do runs f on the thread of the connection's shard and waits for it. It returns
 // false, and f does not run, when the stack has ended. It is for all goroutines
 // but a shard's.
-func (c *Conn) Do(f func()) bool { return c.g.shard.do(func(*Shard) { f() }) }
+func (c *Conn) Do(f func()) bool {
+	return c.g.do(func(*Group) error { f(); return nil }) == nil
+}
 
 // SetContext attaches a value of the application to the connection.
 func (c *Conn) SetContext(v any) { c.ctx = v }

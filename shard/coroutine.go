@@ -85,6 +85,7 @@ func (h servedHandler) Open(c *Conn) {
 	})
 	c.served = co
 	s.served[co] = struct{}{}
+	c.g.served++
 }
 
 // Data and Writable implement Handler. They are not called: a ServedConn reads
@@ -128,6 +129,7 @@ func (co *ServedConn) resume() {
 	}
 	s := co.c.g.shard
 	delete(s.served, co)
+	co.c.g.served--
 	if co.timer != nil {
 		co.timer.Stop()
 	}
@@ -182,6 +184,8 @@ func (co *ServedConn) tick() {
 // servedTick is a ServedConn whose timer has fired. The connection itself may
 // be over, or on the ready list already.
 type servedTick ServedConn
+
+func (t *servedTick) group() *Group { return t.c.g }
 
 func (t *servedTick) serve(*Shard) {
 	co := (*ServedConn)(t)

@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
@@ -53,12 +54,14 @@ func (set *Set) Dial(local, remote netip.AddrPort, h Handler, context any) (*Con
 		local = netip.AddrPortFrom(addr, local.Port())
 	}
 	switch {
+	case onLink(remote.Addr()):
+		return nil, syscall.ENETUNREACH
 	case local.Addr().Is4() != remote.Addr().Is4():
 		return nil, syscall.EINVAL
 	case !slices.ContainsFunc(set.cfg.Addrs, func(p netip.Prefix) bool { return p.Addr() == local.Addr() }):
 		return nil, syscall.EADDRNOTAVAIL
 	case local.Port() != 0:
-		id := set.groupOf(local, remote)
+		id := set.groupOf(protoTCP, local, remote)
 		return set.dialOn(id, local.Addr(), []uint16{local.Port()}, true, remote, h, context)
 	}
 	tried := make([]bool, len(set.groups))
@@ -104,7 +107,7 @@ func (set *Set) dialGroup(id int, local netip.Addr, remote netip.AddrPort, h Han
 		ports := make([]uint16, 0, dialPortsFirst)
 		for port := range ephemeralPorts {
 			from := netip.AddrPortFrom(local, port)
-			if set.groupOf(from, remote) != id || from == remote {
+			if set.groupOf(protoTCP, from, remote) != id || from == remote {
 				continue
 			}
 			if ports = append(ports, port); len(ports) < cap(ports) {
@@ -150,10 +153,17 @@ func (set *Set) dialOn(id int, local netip.Addr, ports []uint16, reuse bool, rem
 	return c, err
 }
 
+// IP protocols, as a dispatch.Tuple has them.
+const (
+	protoTCP = uint8(header.TCPProtocolNumber)
+	protoUDP = uint8(header.UDPProtocolNumber)
+)
+
 // groupOf returns the flow group of the frames that remote sends to local.
-func (set *Set) groupOf(local, remote netip.AddrPort) int {
+func (set *Set) groupOf(proto uint8, local, remote netip.AddrPort) int {
 	return set.reta.GroupOf(set.toeplitz.HashTuple(dispatch.Tuple{
-		Src: remote.Addr(), SrcPort: remote.Port(),
+		Proto: proto,
+		Src:   remote.Addr(), SrcPort: remote.Port(),
 		Dst: local.Addr(), DstPort: local.Port(),
 	}))
 }

@@ -20,7 +20,7 @@ import (
 // portsInto returns n local ports from which g may dial remote.
 func portsInto(g *Group, local netip.Addr, remote netip.AddrPort, n int) (ports []uint16) {
 	for port := range ephemeralPorts {
-		if g.shard.set.groupOf(netip.AddrPortFrom(local, port), remote) == g.id {
+		if g.shard.set.groupOf(protoTCP, netip.AddrPortFrom(local, port), remote) == g.id {
 			if ports = append(ports, port); len(ports) == n {
 				break
 			}

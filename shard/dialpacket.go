@@ -39,7 +39,7 @@ func (set *Set) dialAnyPort(remote netip.AddrPort) (*NetPacketDialed, error) {
 	if !remote.IsValid() || remote.Port() == 0 {
 		return nil, syscall.EINVAL
 	}
-	source, ok := set.source(remote.Addr())
+	source, ok := set.datagramSource(remote.Addr())
 	if !ok {
 		return nil, syscall.ENETUNREACH
 	}
@@ -60,28 +60,18 @@ func (set *Set) dialAnyPort(remote netip.AddrPort) (*NetPacketDialed, error) {
 func (set *Set) dialPacket(local, remote netip.AddrPort) (*NetPacketDialed, error) {
 	p := &NetPacketDialed{NetPacketConn: set.newPacketConn(dialedBacklog), peer: remote}
 	p.l = &UDPListener{set: set, addr: local, sockets: make([][]*Socket, len(set.groups))}
-	home := set.groupOf(local, remote)
-	groups := []int{home}
-	// A datagram in fragments comes together in the group that the addresses
-	// alone hash into.
-	if other := set.groupOf(netip.AddrPortFrom(local.Addr(), 0), netip.AddrPortFrom(remote.Addr(), 0)); other != home {
-		groups = append(groups, other)
-	}
-	for _, id := range groups {
-		err := set.doGroup(id, func(g *Group) error {
-			s, err := g.listenUDP(local, p.arrived)
-			if err != nil {
-				return err
-			}
-			p.l.sockets[id] = []*Socket{s}
-			return s.connect(remote, p.failed)
-		})
-		if err != nil {
-			p.l.Close()
-			return nil, err
+	home := set.groupOf(protoUDP, local, remote)
+	err := set.doGroup(home, func(g *Group) (err error) {
+		if p.home, err = g.listenUDP(local, p.arrived); err != nil {
+			return err
 		}
+		p.l.sockets[home] = []*Socket{p.home}
+		return p.home.connect(remote, p.failed)
+	})
+	if err != nil {
+		p.l.Close()
+		return nil, err
 	}
-	p.home = p.l.sockets[home][0]
 	return p, nil
 }
 
@@ -89,7 +79,11 @@ func (set *Set) dialPacket(local, remote netip.AddrPort) (*NetPacketDialed, erro
 // about datagrams that were sent.
 func (s *Socket) connect(remote netip.AddrPort, failed func(error)) error {
 	s.failed = failed
-	if err := s.ep.Connect(fullAddress(remote)); err != nil {
+	to := fullAddress(remote)
+	if onLink(remote.Addr()) {
+		to.NIC = nicID
+	}
+	if err := s.ep.Connect(to); err != nil {
 		if _, unreachable := err.(*tcpip.ErrHostUnreachable); unreachable {
 			return syscall.ENETUNREACH // there is no route
 		}

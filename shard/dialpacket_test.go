@@ -11,6 +11,9 @@ import (
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/ports"
 )
 
 // ICMP says that nobody has the port: the next call is told, once.
@@ -131,6 +134,30 @@ func TestDialPacketErrors(t *testing.T) {
 		if op, ok := errors.AsType[*net.OpError](err); c != nil || !ok || op.Op != "dial" || !errors.Is(err, want) {
 			t.Errorf("dial %s: %v, %v; want %v", remote, c, err, want)
 		}
+	}
+}
+
+// Without a free port the error is that of connect(2).
+func TestDialPacketWithoutPorts(t *testing.T) {
+	a, _ := startPair(t, nil)
+	for id := range a.groups {
+		_ = a.doGroup(id, func(g *Group) error {
+			// Reserved, for that many endpoints would take 100 MB.
+			for port := firstEphemeral; port <= lastEphemeral; port++ {
+				r := ports.Reservation{
+					Networks:  []tcpip.NetworkProtocolNumber{header.IPv4ProtocolNumber},
+					Transport: header.UDPProtocolNumber, Addr: tcpipAddress(addrA), Port: uint16(port),
+				}
+				if _, err := g.stack.ReservePort(g.stack.SecureRNG(), r, nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			return nil
+		})
+	}
+	c, err := a.DialNetPacket(netip.AddrPortFrom(addrB, 9))
+	if op, ok := errors.AsType[*net.OpError](err); c != nil || !ok || op.Op != "dial" || !errors.Is(err, syscall.EADDRNOTAVAIL) {
+		t.Errorf("%v, %v; want EADDRNOTAVAIL", c, err)
 	}
 }
 

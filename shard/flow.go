@@ -2,6 +2,7 @@ package shard
 
 import (
 	"encoding/binary"
+	"slices"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -41,7 +42,7 @@ func (g *Group) addFlow(c *Conn) {
 		return // another one has the same hash; the netstack finds this one too
 	}
 	c.flow.hash = h
-	c.flow.id = c.ep.TransportEndpointInfo.ID
+	c.flow.id = c.ep.ID
 	g.flows[h] = c
 }
 
@@ -114,8 +115,11 @@ func (g *Group) deliverSegment(c *Conn, p *dispatch.Parsed, frame []byte, pkt *s
 	}
 	if n := p.Length - int(p.Payload); n > 0 {
 		f.waiting++
-		if seqnum.Value(header.TCP(frame[p.L4:]).SequenceNumber()) == f.next {
+		switch seq := seqnum.Value(header.TCP(frame[p.L4:]).SequenceNumber()); {
+		case seq == f.next:
 			f.next.UpdateForward(seqnum.Size(n))
+		case f.next.LessThan(seq):
+			g.outOfOrder++
 		}
 	}
 }
@@ -243,6 +247,21 @@ func (q *delayedAckQueue) push(d delayedAck) {
 		q.first, q.all = 0, q.all[:n]
 	}
 	q.all = append(q.all, d)
+}
+
+// flush sends those of one group.
+func (q *delayedAckQueue) flush(g *Group) {
+	q.all = slices.DeleteFunc(q.all[q.first:], func(d delayedAck) bool {
+		if d.c.g != g {
+			return false
+		}
+		d.c.flow.delayed = false
+		if d.c.unacknowledged() > 0 {
+			d.c.ack()
+		}
+		return true
+	})
+	q.first = 0
 }
 
 func (q *delayedAckQueue) pop() delayedAck {

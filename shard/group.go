@@ -23,8 +23,8 @@ import (
 // nicID is the only network device of a group's netstack.
 const nicID tcpip.NICID = 1
 
-// answerer is the group that answers ARP requests and neighbor solicitations
-// for all of them.
+// answerer is the group that answers ARP requests, neighbor solicitations and
+// queries for multicast members, for all of them.
 const answerer = 0
 
 // Group is a flow group: one gVisor netstack with its device, its clock, its
@@ -34,6 +34,7 @@ const answerer = 0
 // Everything in it is touched by the owner's thread alone.
 type Group struct {
 	id     int
+	set    *Set
 	shard  *Shard // owner
 	stack  *stack.Stack
 	link   link
@@ -41,11 +42,19 @@ type Group struct {
 	tcp    *inlineTCP
 	active bool // in shard.active
 
-	conns     connList
-	flows     map[uint32]*Conn // open connections by the hash of their frames
-	listeners map[*listenerPart]struct{}
-	sockets   map[*Socket]struct{}
-	frames    uint64 // delivered
+	conns      connList
+	flows      map[uint32]*Conn // open connections by the hash of their frames
+	listeners  map[*listenerPart]struct{}
+	sockets    map[*Socket]struct{}
+	frames     uint64 // delivered
+	bytes      uint64 // the same, from the Ethernet header on
+	outOfOrder uint64 // segments that came before an earlier one of their flow
+	weight     uint64 // of the frames up to the last settling of accounts
+	busy       uint64 // nanoseconds; see Shard.settle
+	served     int    // handlers of Serve that have not ended
+
+	fragments *dispatch.Fragments // nil before the first one
+	arrivals  *arrivals           // nil: the kernel knows the queues
 
 	load atomic.Int32 // connections, and dials on their way; the owner and Dial write, Dial reads
 }
@@ -54,6 +63,7 @@ func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
 	cfg := &s.set.cfg
 	g := &Group{
 		id:        id,
+		set:       s.set,
 		shard:     s,
 		flows:     make(map[uint32]*Conn),
 		listeners: make(map[*listenerPart]struct{}),
@@ -67,19 +77,24 @@ func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
 		gso:   cfg.GSO,
 		muted: id != answerer,
 	}
+	if cfg.Program == nil && len(s.set.shards) > 1 {
+		g.arrivals = &arrivals{queues: cfg.Queues}
+	}
 	g.conns.init()
 	g.stack = stack.New(stack.Options{
 		Clock: &g.clock,
 		// A connection to an address of our own never leaves the group.
 		HandleLocal: true,
 		NetworkProtocols: []stack.NetworkProtocolFactory{
-			ipv4.NewProtocol,
+			// One group tells switches and routers what all of them have joined.
+			ipv4.NewProtocolWithOptions(ipv4.Options{IGMP: ipv4.IGMPOptions{Enabled: id == answerer}}),
 			// The addresses are given, not negotiated: no duplicate address
 			// detection (it would trip over the other groups), no router
 			// advertisements, no link-local address.
 			ipv6.NewProtocolWithOptions(ipv6.Options{
 				NDPConfigs: ipv6.NDPConfigurations{HandleRAs: ipv6.HandlingRAsDisabled},
 				DADConfigs: stack.DADConfigurations{DupAddrDetectTransmits: 0},
+				MLD:        ipv6.MLDOptions{Enabled: id == answerer},
 			}),
 			arp.NewProtocol,
 		},
@@ -147,6 +162,7 @@ func (g *Group) activate() {
 // a large payload is lent to the netstack instead of copied.
 func (g *Group) deliver(vnet *dispatch.VnetHeader, p *dispatch.Parsed, frame []byte, holder *buffer.View, offset int) {
 	g.frames++
+	g.bytes += uint64(p.Length)
 	var packet buffer.Buffer
 	if payload := p.Length - int(p.Payload); p.Payload != 0 && payload > rxCopyLimit && holder != nil {
 		// gVisor copies a shared view when it parses headers in it, so they
@@ -211,6 +227,12 @@ func (g *Group) counters() GroupCounters {
 	return GroupCounters{
 		Group:          g.id,
 		Frames:         g.frames,
+		Bytes:          g.bytes,
+		Sent:           g.link.sent,
+		Busy:           g.busy,
+		Conns:          g.load.Load(),
+		Served:         g.served,
+		OutOfOrder:     g.outOfOrder,
 		Connected:      stats.TCP.CurrentConnected.Value(),
 		ChecksumErrors: stats.TCP.ChecksumErrors.Value(),
 		Retransmits:    stats.TCP.Retransmits.Value(),

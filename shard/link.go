@@ -50,7 +50,11 @@ var (
 func (l *link) WritePacket(pkt *stack.PacketBuffer) tcpip.Error {
 	l.sent++
 	if !l.muted || !isNeighborAnswer(pkt) {
-		l.g.shard.tx.push(pkt)
+		var queue *dispatch.Queue
+		if l.g.arrivals != nil {
+			queue = l.g.arrivals.queue(pkt)
+		}
+		l.g.shard.tx.push(pkt, queue)
 	}
 	return nil
 }

@@ -188,12 +188,17 @@ func (p *listenerPart) NotifyEvent(waiter.EventMask) {
 	}
 }
 
+func (p *listenerPart) group() *Group { return p.g }
+
 // serve accepts what is waiting and runs the first events of each connection.
 func (p *listenerPart) serve(s *Shard) {
 	p.queued = false
 	for range acceptBudget {
 		if p.closed {
 			return
+		}
+		if m := s.leavingGroup; m != nil && m.g == p.g {
+			break // accepted by the new owner: a coroutine begins where it stays
 		}
 		ep, wq, err := p.ep.Accept(nil)
 		if err != nil {

@@ -360,6 +360,9 @@ func (h *netHandler) Open(c *Conn) {
 	}
 }
 
+// Move implements Mover.
+func (h *netHandler) Move(c *Conn) { c.Context().(*NetConn).sh.Store(c.g.shard) }
+
 // Data implements Handler.
 func (h *netHandler) Data(c *Conn, b []byte) int {
 	n := c.Context().(*NetConn)
@@ -431,9 +434,13 @@ func (h *netHandler) leave(c *Conn) {
 }
 
 // run implements task: the shard looks at what goroutines did.
-func (n *NetConn) run(*Shard) {
-	n.posted.Store(false)
+func (n *NetConn) run(s *Shard) {
 	c := n.c
+	if !s.owns[c.g.id] {
+		s.passOn(c.g, n)
+		return
+	}
+	n.posted.Store(false)
 	if c.done {
 		return
 	}

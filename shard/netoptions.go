@@ -156,10 +156,11 @@ func clampBuffer(bytes, start int) int64 {
 func (n *NetConn) setOption(f func(c *Conn) tcpip.Error) error {
 	err := net.ErrClosed
 	if !n.closed.Load() {
-		n.sh.Load().do(func(*Shard) {
-			if !n.c.done {
-				err = errno(f(n.c))
+		err = n.c.g.do(func(*Group) error {
+			if n.c.done {
+				return net.ErrClosed
 			}
+			return errno(f(n.c))
 		})
 	}
 	return n.setError(err)

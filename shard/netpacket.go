@@ -132,15 +132,7 @@ func (o *packetOut) run(s *Shard) {
 	for range packetBacklog {
 		select {
 		case d := <-o.queue:
-			if !d.from.closed {
-				if _, err := d.from.WriteTo(d.b, d.peer); err != nil {
-					s.counters.DatagramsDropped++ // as UDP may
-					if d.from.failed != nil {
-						d.from.failed(err)
-					}
-				}
-			}
-			d.release()
+			d.run(s)
 		default:
 			return
 		}
@@ -150,6 +142,25 @@ func (o *packetOut) run(s *Shard) {
 	if o.posted.CompareAndSwap(false, true) {
 		s.post(o)
 	}
+}
+
+// run implements task: the datagram is sent by the shard that has the socket now.
+func (d *datagram) run(s *Shard) {
+	if !s.owns[d.from.g.id] {
+		if !s.passOn(d.from.g, d) {
+			d.release()
+		}
+		return
+	}
+	if !d.from.closed {
+		if _, err := d.from.WriteTo(d.b, d.peer); err != nil {
+			s.counters.DatagramsDropped++ // as UDP may
+			if d.from.failed != nil {
+				d.from.failed(err)
+			}
+		}
+	}
+	d.release()
 }
 
 // ReadFrom implements net.PacketConn. What does not fit into b is lost.
@@ -287,22 +298,12 @@ func (p *NetPacketConn) sendLater(out *packetOut, d *datagram) error {
 // route returns the socket from which datagrams to a peer leave, and its
 // group; nil when the port is not open at the address the peer is reached from.
 func (p *NetPacketConn) route(to netip.AddrPort) (*Socket, int) {
-	local := p.l.addr.Addr()
-	if local.IsUnspecified() {
-		var ok bool
-		if local, ok = p.set.source(to.Addr()); !ok {
-			return nil, 0
-		}
-	} else if local.Is4() != to.Addr().Is4() {
+	local, ok := p.l.source(to.Addr())
+	if !ok {
 		return nil, 0
 	}
-	group := p.set.groupOf(netip.AddrPortFrom(local, p.l.addr.Port()), to)
-	for _, s := range p.l.sockets[group] {
-		if s.local.Addr() == local {
-			return s, group
-		}
-	}
-	return nil, 0
+	group := p.set.groupOf(protoUDP, netip.AddrPortFrom(local, p.l.addr.Port()), to)
+	return p.l.socket(group, local), group
 }
 
 // obstacle returns why an operation may not begin or go on, or nil.
@@ -395,6 +396,4 @@ func (p *NetPacketConn) opError(op string, to netip.AddrPort, err error) error {
 	return opError(op, "udp", p.l.addr, to, err)
 }
 
-func (p *NetPacketConn) setError(err error) error {
-	return opError("set", "udp", netip.AddrPort{}, p.l.addr, err)
-}
+func (p *NetPacketConn) setError(err error) error { return p.l.setError(err) }

@@ -30,7 +30,8 @@ func TestWriteToErrors(t *testing.T) {
 		{name: "address of another network", to: &net.TCPAddr{IP: peer.IP, Port: 9}, want: syscall.EINVAL},
 		{name: "other family", to: peer6, want: syscall.ENETUNREACH},
 		{name: "other family, several addresses", addrs: []netip.Addr{addrB, second}, to: peer6, want: syscall.ENETUNREACH},
-		{name: "no route", to: &net.UDPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1}, addrs: []netip.Addr{addrB, second}, want: syscall.ENETUNREACH},
+		{name: "no route", to: &net.UDPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1}, want: syscall.ENETUNREACH},
+		{name: "no route, several addresses", to: &net.UDPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1}, addrs: []netip.Addr{addrB, second}, want: syscall.ENETUNREACH},
 		{name: "deadline passed", to: peer, want: os.ErrDeadlineExceeded, prepare: func(_ *testing.T, _ *Set, p *NetPacketConn) {
 			_ = p.SetWriteDeadline(time.Now().Add(-time.Second))
 		}},

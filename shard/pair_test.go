@@ -37,7 +37,7 @@ func testConfig(t testing.TB, side, fd int) Config {
 	}
 	return Config{
 		Device: "pair", Queues: []*dispatch.Queue{dispatch.NewQueue(fd)},
-		MTU: 1500, GSO: true, CPUs: []int{cpus[side%len(cpus)]}, Key: key, RETA: reta,
+		MTU: 1500, GSO: true, CPUs: []int{cpus[side%len(cpus)]}, Toeplitz: dispatch.NewToeplitz(key), RETA: reta,
 		Addrs: []netip.Prefix{
 			netip.PrefixFrom([2]netip.Addr{addrA, addrB}[side], 24),
 			netip.PrefixFrom(addr6[side], 64),
@@ -112,6 +112,7 @@ func steppedPair(t testing.TB) (a, b *Shard) {
 	}
 	a, b = step(0, fdA), step(1, fdB)
 	t.Cleanup(func() { restoreAffinity(t) })
+	settle(t, a, b) // each says which multicast groups it is in
 	return a, b
 }
 

@@ -39,12 +39,14 @@ type Config struct {
 	GSO                       bool             // the kernel takes TCP super-frames
 	CPUs                      []int            // by shard
 	RETA                      *dispatch.RETA   // flow groups and their owners
-	UserSteering              bool             // the kernel does not steer by RETA and Key
-	Key                       dispatch.Key
-	Addrs                     []netip.Prefix // the stack's addresses
-	Gateways                  []netip.Addr   // default routes; may be empty
-	Spin                      time.Duration  // how long an idle shard looks for work before it blocks
-	SendBuffer, ReceiveBuffer int            // bytes per TCP connection to start with
+	Toeplitz                  *dispatch.Toeplitz
+	Program                   *dispatch.Program // steers in the kernel by RETA and Toeplitz; nil: the shards do
+	Marker                    *dispatch.Marker  // with Program; nil: moves take longer on a busy shard
+	QueueLen                  int               // frames that the kernel holds per queue at most
+	Addrs                     []netip.Prefix    // the stack's addresses
+	Gateways                  []netip.Addr      // default routes; may be empty
+	Spin                      time.Duration     // how long an idle shard looks for work before it blocks
+	SendBuffer, ReceiveBuffer int               // bytes per TCP connection to start with
 
 	RxBuffers      int           // receive buffers per shard
 	MaxConns       int           // connections per shard
@@ -75,6 +77,9 @@ type Set struct {
 	final    []Counters    // the last ones, once ended
 
 	dials atomic.Uint32 // spreads dials over groups
+
+	moveMu   sync.Mutex // held during a move; guards draining
+	draining []bool     // by shard: takes no groups
 
 	pools    map[int]*offloadPool // by NUMA node; immutable after New
 	watchdog *watchdog            // nil: off
@@ -132,9 +137,10 @@ func newSet(cfg Config) (*Set, error) {
 		cfg:      cfg,
 		mac:      [6]byte(cfg.MAC),
 		start:    time.Now(), //nolint:forbidigo // the origin of all shards' clocks
-		toeplitz: dispatch.NewToeplitz(cfg.Key),
+		toeplitz: cfg.Toeplitz,
 		reta:     cfg.RETA,
 		groups:   make([]*Group, cfg.RETA.Groups()),
+		draining: make([]bool, len(cfg.Queues)),
 
 		listeners: make(map[*Listener]struct{}),
 
@@ -168,7 +174,8 @@ func (set *Set) newShard(id int, queue *dispatch.Queue) (*Shard, error) {
 		id: id, cpu: cpu, node: node,
 		set: set, queue: queue, eventFD: fd,
 		spin:  int64(set.cfg.Spin),
-		inbox: make([]*dispatch.Ring[handover], n),
+		inbox: make([]*dispatch.Ring[handover], n), popped: make([]uint64, n),
+		owns: make([]bool, len(set.groups)), awaited: make([]*awaitedGroup, len(set.groups)),
 		readClock: func() int64 {
 			return int64(time.Since(set.start)) //nolint:forbidigo // this is where the turn's time stamp comes from
 		},
@@ -203,9 +210,7 @@ func (set *Set) closeEventFDs() {
 // doGroup runs f on the thread that owns the group, waits for it and returns
 // its error, or ErrClosed when the shard has ended.
 func (set *Set) doGroup(id int, f func(g *Group) error) error {
-	err := ErrClosed
-	set.shards[set.reta.Owner(id)].do(func(*Shard) { err = f(set.groups[id]) })
-	return err
+	return set.groups[id].do(f)
 }
 
 // MAC returns the stack's link address.
@@ -252,10 +257,14 @@ func (set *Set) fail(err error) {
 func (s *Shard) lose() {
 	s.deviceGone = true
 	for _, g := range s.groups {
-		for c := range g.conns.all {
-			c.abort = true
-			c.end(unix.ENETDOWN)
-		}
+		g.lose()
+	}
+}
+
+func (g *Group) lose() {
+	for c := range g.conns.all {
+		c.abort = true
+		c.end(unix.ENETDOWN)
 	}
 }
 
@@ -304,18 +313,22 @@ const drainPoll = 2 * time.Millisecond
 func (s *Shard) farewell() {
 	s.leaving = true
 	for _, g := range s.groups {
-		for l := range g.listeners {
-			l.close()
-		}
-		for u := range g.sockets {
-			u.shut()
-		}
-		for c := range g.conns.all {
-			if h, ok := c.h.(leaver); ok {
-				h.leave(c)
-			} else {
-				c.end(net.ErrClosed)
-			}
+		g.farewell()
+	}
+}
+
+func (g *Group) farewell() {
+	for l := range g.listeners {
+		l.close()
+	}
+	for u := range g.sockets {
+		u.shut()
+	}
+	for c := range g.conns.all {
+		if h, ok := c.h.(leaver); ok {
+			h.leave(c)
+		} else {
+			c.end(net.ErrClosed)
 		}
 	}
 }

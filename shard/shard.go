@@ -33,10 +33,15 @@ type Shard struct {
 	// Owned by the shard's thread.
 	readClock    func() int64 // nanoseconds since the stack started; called once per turn
 	now          int64        // what it returned
+	turnBegan    int64        // what it was then; now moves on
 	lastWork     int64        // now of the last turn that did work
 	earliest     int64        // no timer of its groups is due before
 	groups       []*Group
-	active       []*Group // groups whose TCP has work in this turn
+	owns         []bool          // by group: it is here
+	awaited      []*awaitedGroup // by group: what is kept for one on its way here
+	leavingGroup *move           // nil: none is on its way out
+	popped       []uint64        // frames taken out of inbox, by sending shard
+	active       []*Group        // groups whose TCP has work in this turn
 	ready        []readyTask
 	readyNext    []readyTask
 	tx           *txQueue
@@ -48,6 +53,8 @@ type Shard struct {
 	served       map[*ServedConn]struct{} // handlers that have not ended
 	offloading   int                      // functions that the pool has
 	offloadWaits []*ServedConn            // handlers whose function waits for room there
+
+	settled uint64 // busy time that was divided among the groups
 
 	leaving    bool // Close was called: nothing new begins
 	stopping   bool // leave the loop
@@ -61,20 +68,24 @@ type Shard struct {
 type handover struct {
 	vnet   dispatch.VnetHeader
 	parsed dispatch.Parsed
-	view   *buffer.View
-	offset int    // of frame in view
-	frame  []byte // from the Ethernet header on
+	queue  int          // that it came from
+	view   *buffer.View // nil: frame must not be lent
+	offset int          // of frame in view
+	frame  []byte       // from the Ethernet header on
 }
 
 // readyTask is a connection, listener or socket with something to do. serve
 // runs in the application's step of the turn.
-type readyTask interface{ serve(s *Shard) }
+type readyTask interface {
+	serve(s *Shard)
+	group() *Group
+}
 
 // Reasons to drop a frame beyond the parser's classes.
 const (
 	dropOtherHost = int(dispatch.NumClasses) + iota
 	dropVnet
-	dropTCPFragment
+	dropMoving
 	dropEnd
 )
 
@@ -84,8 +95,8 @@ func dropCause(i int) string {
 		return "other_host"
 	case dropVnet:
 		return "bad_vnet_header"
-	case dropTCPFragment:
-		return "tcp_fragment"
+	case dropMoving:
+		return "moving"
 	default:
 		return dispatch.Class(i).String()
 	}
@@ -141,9 +152,6 @@ func (s *Shard) setup() error {
 	s.earliest = never
 	s.rx = newRxBuffers(s.set.cfg.RxBuffers)
 	s.tx = newTxQueue(s.queue, &s.counters)
-	if s.set.cfg.UserSteering && len(s.set.shards) > 1 {
-		s.tx.arrivals = &arrivals{queues: s.set.cfg.Queues}
-	}
 	s.scratch = new(scratch)
 	s.served = make(map[*ServedConn]struct{})
 	for id := range s.set.reta.Groups() {
@@ -155,6 +163,7 @@ func (s *Shard) setup() error {
 			return err
 		}
 		s.groups = append(s.groups, g)
+		s.owns[id] = true
 		s.set.groups[id] = g
 	}
 	return nil
@@ -163,6 +172,7 @@ func (s *Shard) setup() error {
 func (s *Shard) teardown() {
 	s.leaving = true
 	s.mail.close(s)
+	s.abandonMoves()
 	for co := range s.served {
 		co.stop() // wherever it waits, it learns that this is the end
 	}
@@ -183,8 +193,34 @@ func (s *Shard) teardown() {
 	}
 }
 
+// bytesPerFrame is how many bytes of received frames weigh as much as one more
+// frame: one of the largest size costs about five times as much as a small one.
+const bytesPerFrame = 16 << 10
+
+// settle divides the shard's busy time since the last call among its groups. To
+// measure it would take two looks at the clock per group and turn.
+func (s *Shard) settle() {
+	busy := s.counters.Busy - s.settled
+	s.settled = s.counters.Busy
+	total := uint64(0)
+	for _, g := range s.groups {
+		total += g.newWeight()
+	}
+	for _, g := range s.groups {
+		if w := g.newWeight(); w > 0 {
+			g.busy += uint64(float64(busy) * float64(w) / float64(total))
+			g.weight += w
+		}
+	}
+}
+
+func (g *Group) newWeight() uint64 {
+	return g.frames + g.link.sent + g.bytes/bytesPerFrame - g.weight
+}
+
 // count copies the counters. Called on the shard's thread.
 func (s *Shard) count() Counters {
+	s.settle()
 	c := s.counters
 	c.Shard, c.CPU, c.Node = s.id, s.cpu, s.node
 	c.DroppedByCause = make(map[string]uint64)
@@ -192,6 +228,20 @@ func (s *Shard) count() Counters {
 		if n > 0 {
 			c.Dropped += n
 			c.DroppedByCause[dropCause(i)] += n
+		}
+	}
+	for _, g := range s.groups {
+		if g.fragments == nil {
+			continue
+		}
+		g.fragments.Expire(s.now)
+		f := g.fragments.Counters()
+		c.FragmentsHeld += f.Held
+		for cause, n := range map[string]uint64{"fragment_full": f.Full, "fragment_expired": f.Expired, "fragment_too_small": f.TooSmall} {
+			if n > 0 {
+				c.Dropped += n
+				c.DroppedByCause[cause] += n
+			}
 		}
 	}
 	c.Buffers = uint64(s.rx.made)

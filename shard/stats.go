@@ -21,8 +21,17 @@ type Counters struct {
 	Dropped        uint64            `json:"dropped"` // sum of DroppedByCause
 	DroppedByCause map[string]uint64 `json:"dropped_by_cause,omitempty"`
 
+	FragmentsHeld uint64 `json:"fragments_held"` // fragments of IP that waited for the first one of their packet
+
 	AcksSuperseded uint64 `json:"acks_superseded"` // pure ACKs that a later segment of the burst made needless
 
+	GroupsAdopted  uint64 `json:"groups_adopted"`    // flow groups that came from other shards
+	GroupsReleased uint64 `json:"groups_released"`   // flow groups that went to others
+	FramesKept     uint64 `json:"frames_kept"`       // for groups on their way here
+	MoveStall      uint64 `json:"move_stall_ns"`     // time that frames of adopted groups were kept, in all
+	MoveStallMax   uint64 `json:"move_stall_max_ns"` // the longest
+
+	Busy        uint64 `json:"busy_ns"`      // time in turns that did work
 	Turns       uint64 `json:"turns"`        // passes of the loop that did work
 	Wakes       uint64 `json:"wakes"`        // returns from a blocking wait
 	TimersFired uint64 `json:"timers_fired"` // netstack timers run
@@ -48,9 +57,15 @@ type Counters struct {
 type GroupCounters struct {
 	Group          int    `json:"group"`
 	Frames         uint64 `json:"frames"`    // delivered to the group
+	Bytes          uint64 `json:"bytes"`     // the same, from the Ethernet header on
+	Sent           uint64 `json:"sent"`      // packets; one that the kernel cuts counts once
+	Busy           uint64 `json:"busy_ns"`   // its part of its shards' busy time, by frames and bytes
+	Conns          int32  `json:"conns"`     // connections and dials that the application has
+	Served         int    `json:"served"`    // handlers of Serve, for which the group stays on its shard
 	Connected      uint64 `json:"connected"` // TCP endpoints now, with those that were closed and wait for their peer
 	ChecksumErrors uint64 `json:"checksum_errors"`
 	Retransmits    uint64 `json:"retransmits"`
+	OutOfOrder     uint64 `json:"out_of_order"`     // TCP segments that came before an earlier one of their flow
 	SegmentsLost   uint64 `json:"segments_dropped"` // dropped by gVisor, a full receive buffer for one
 }
 

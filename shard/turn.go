@@ -7,7 +7,6 @@ import (
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/buffer"
-	"gvisor.dev/gvisor/pkg/tcpip/header"
 
 	"numastack/dispatch"
 )
@@ -20,9 +19,15 @@ const rxBudget = 16
 // loop is the life of a shard: turns, and a wait when they find no work.
 func (s *Shard) loop() {
 	// Offloaded work still uses what its handler owns.
+	worked := false
 	for !s.stopping || s.offloading > 0 {
 		s.progress.Store(s.progress.Load() + 1)
-		if s.turn() {
+		before := s.turnBegan
+		did := s.turn()
+		if worked { // the turn before, which lasted until this one
+			s.counters.Busy += uint64(s.turnBegan - before)
+		}
+		if worked = did; did {
 			s.counters.Turns++
 			s.lastWork = s.now
 			continue
@@ -37,6 +42,7 @@ func (s *Shard) loop() {
 // returns whether there was anything to do.
 func (s *Shard) turn() bool {
 	s.now = max(s.readClock(), s.now)
+	s.turnBegan = s.now
 	s.rx.sweep()
 	work := s.read()
 	work += s.readRings()
@@ -51,6 +57,14 @@ func (s *Shard) turn() bool {
 	// timers left behind.
 	s.process()
 	s.acknowledge()
+	if m := s.leavingGroup; m != nil {
+		work++ // it does not wait for a frame
+		if s.drained(m) {
+			s.release(m)
+		}
+		// The other shards have the next word, and may share the CPU.
+		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+	}
 	work += s.tx.flush()
 	return work > 0
 }
@@ -61,6 +75,7 @@ func (s *Shard) read() (frames int) {
 	if s.deviceGone {
 		return 0
 	}
+	emptied := false
 	for frames < rxBudget {
 		buf := s.rx.take()
 		n, errno := s.queue.Read(buf.bytes)
@@ -70,6 +85,7 @@ func (s *Shard) read() (frames int) {
 				s.deviceGone = true // poll would return at once for ever
 				s.set.fail(fmt.Errorf("read tap %q queue %d: %w", s.set.cfg.Device, s.id, errno))
 			}
+			emptied = errno == syscall.EAGAIN
 			break
 		}
 		frames++
@@ -85,96 +101,133 @@ func (s *Shard) read() (frames int) {
 		}
 		s.rx.give(buf)
 	}
-	for i, to := range s.wakeList {
-		to.wake()
-		s.wakeList[i] = nil
+	if m := s.leavingGroup; m != nil {
+		if m.queued -= frames; emptied {
+			m.queued = 0
+		}
 	}
-	s.wakeList = s.wakeList[:0]
 	return frames
 }
 
 // steer finds the group of a frame and delivers it, or hands it to its owner.
 func (s *Shard) steer(buf *rxBuffer, n int) {
-	var (
-		vnet   dispatch.VnetHeader
-		parsed dispatch.Parsed
-	)
-	vnet.Decode(buf.bytes)
-	frame := buf.bytes[dispatch.VnetHeaderLen:n]
-	view := buf.view
+	h := handover{queue: s.id, view: buf.view, offset: dispatch.VnetHeaderLen, frame: buf.bytes[dispatch.VnetHeaderLen:n]}
 	if buf == s.rx.spare {
-		view = nil
+		h.view = nil
 	}
-	if vnet.Valid(len(frame)) != nil {
+	h.vnet.Decode(buf.bytes)
+	if h.vnet.Valid(len(h.frame)) != nil {
 		s.dropped[dropVnet]++
 		return
 	}
-	s.set.toeplitz.Parse(frame, &parsed)
-	switch parsed.Class {
+	s.set.toeplitz.Parse(h.frame, &h.parsed)
+	switch h.parsed.Class {
 	case dispatch.ClassFlow:
-		if frame[0]&1 == 0 && [6]byte(frame) != s.set.mac {
+		if h.frame[0]&1 == 0 && [6]byte(h.frame) != s.set.mac {
 			s.dropped[dropOtherHost]++
 			return
 		}
-		if parsed.Fragment && parsed.Proto == uint8(header.TCPProtocolNumber) {
-			// Fragments go by address, so the segment would come together in a
-			// group that has no such connection, and earn it a reset.
-			s.dropped[dropTCPFragment]++
-			return
-		}
-		group := s.set.reta.GroupOf(parsed.Hash)
-		if owner := s.set.reta.Owner(group); owner != s.id {
-			s.counters.Missteered++
-			s.forward(owner, &vnet, &parsed, frame, view)
-			return
-		}
-		if s.tx.arrivals != nil {
-			s.tx.arrivals.note(frame, &parsed, s.id)
-		}
-		s.deliver(s.set.groups[group], &vnet, &parsed, frame, view, dispatch.VnetHeaderLen)
+		s.route(&h, true)
 	case dispatch.ClassNeighbor:
+		h.view = nil // several groups get it
 		for _, to := range s.set.shards {
 			if to != s {
-				s.forward(to.id, &vnet, &parsed, frame, nil)
+				s.forward(to.id, &h)
 			}
 		}
-		s.deliverAll(&vnet, &parsed, frame)
+		s.deliverAll(&h)
 	default:
-		s.dropped[parsed.Class]++
+		if !s.isMark(h.frame) {
+			s.dropped[h.parsed.Class]++
+		}
 	}
 }
 
-// deliver hands a frame to its group. view holds the frame at offset; nil when
-// it must not be lent.
-func (s *Shard) deliver(g *Group, vnet *dispatch.VnetHeader, parsed *dispatch.Parsed, frame []byte, view *buffer.View, offset int) {
-	if vnet.GSOType&^dispatch.VnetGSOECN == dispatch.VnetGSOUDPL4 {
-		s.deliverDatagrams(g, vnet, parsed, frame)
+// route takes a frame to its group: delivers it, hands it to the shard that owns
+// the group, or keeps it when the group is on its way here. own says that it
+// comes from the shard's own queue.
+func (s *Shard) route(h *handover, own bool) {
+	group := s.set.reta.GroupOf(h.parsed.Hash)
+	if s.owns[group] {
+		s.deliver(s.set.groups[group], h)
 		return
 	}
-	g.deliver(vnet, parsed, frame, view, offset)
+	owner := s.set.reta.Owner(group)
+	if owner == s.id {
+		s.keep(group, h.stored(), own)
+		return
+	}
+	if own {
+		s.counters.Missteered++
+	}
+	s.forward(owner, h)
 }
 
-// deliverAll gives a neighbor frame to every group of this shard.
-func (s *Shard) deliverAll(vnet *dispatch.VnetHeader, parsed *dispatch.Parsed, frame []byte) {
+// deliver hands a frame to its group.
+func (s *Shard) deliver(g *Group, h *handover) {
+	if g.arrivals != nil && h.parsed.Class == dispatch.ClassFlow {
+		g.arrivals.note(h.frame, &h.parsed, h.queue)
+	}
+	switch {
+	case h.parsed.Fragment && !h.parsed.Steered:
+		s.steerFragment(g, h)
+	case h.vnet.GSOType&^dispatch.VnetGSOECN == dispatch.VnetGSOUDPL4:
+		s.deliverDatagrams(g, &h.vnet, &h.parsed, h.frame)
+	default:
+		g.deliver(&h.vnet, &h.parsed, h.frame, h.view, h.offset)
+	}
+}
+
+// steerFragment sends a fragment, and those that waited for it, to the group of
+// its flow. Fragments arrive at the group of their addresses.
+func (s *Shard) steerFragment(home *Group, h *handover) {
+	if home.fragments == nil {
+		home.fragments = dispatch.NewFragments(s.set.toeplitz)
+	}
+	goesOn := home.fragments.Steer(h.frame, &h.parsed, s.now)
+	waited := handover{queue: h.queue}
+	for frame, ok := home.fragments.Next(&waited.parsed); ok; frame, ok = home.fragments.Next(&waited.parsed) {
+		waited.frame = frame
+		s.route(&waited, false)
+	}
+	if goesOn {
+		s.route(h, false)
+	}
+}
+
+// deliverAll gives a neighbor frame to every group of this shard, also to those
+// that are on their way to it.
+func (s *Shard) deliverAll(h *handover) {
 	for _, g := range s.groups {
-		g.deliver(vnet, parsed, frame, nil, 0)
+		s.deliver(g, h)
+	}
+	for group := range s.set.groups {
+		if !s.owns[group] && s.set.reta.Owner(group) == s.id {
+			s.keep(group, h.stored(), false)
+		}
 	}
 }
 
-// forward pushes a frame to the ring of the shard that owns its group. A large
-// frame travels in its receive buffer, which comes home when it was read; a
-// small one would hold up 64 KB, so it is copied.
-func (s *Shard) forward(to int, vnet *dispatch.VnetHeader, parsed *dispatch.Parsed, frame []byte, view *buffer.View) {
-	h := handover{vnet: *vnet, parsed: *parsed}
-	if view == nil || len(frame) <= rxCopyLimit {
-		h.view = buffer.NewViewWithData(frame)
-		h.frame = h.view.AsSlice()
+// stored returns h with a frame that may be kept. A large one stays in its
+// receive buffer, which comes home when it was read; a small one would hold up
+// 64 KB, so it is copied.
+func (h *handover) stored() handover {
+	kept := *h
+	if h.view == nil || len(h.frame) <= rxCopyLimit {
+		kept.view, kept.offset = buffer.NewViewWithData(h.frame), 0
+		kept.frame = kept.view.AsSlice()
 	} else {
-		h.view, h.offset, h.frame = view.Clone(), dispatch.VnetHeaderLen, frame
+		kept.view = h.view.Clone()
 	}
+	return kept
+}
+
+// forward pushes a frame to the ring of the shard that owns its group.
+func (s *Shard) forward(to int, h *handover) {
+	kept := h.stored()
 	target := s.set.shards[to]
-	if !target.inbox[s.id].Push(h) {
-		h.view.Release()
+	if !target.inbox[s.id].Push(kept) {
+		kept.view.Release()
 		s.counters.RingFull++
 		return
 	}
@@ -196,20 +249,29 @@ func (s *Shard) readRings() (frames int) {
 				break
 			}
 			frames++
-			if h.parsed.Class == dispatch.ClassNeighbor {
-				s.deliverAll(&h.vnet, &h.parsed, h.frame)
-			} else {
-				if s.tx.arrivals != nil {
-					s.tx.arrivals.note(h.frame, &h.parsed, from)
-				}
-				g := s.set.groups[s.set.reta.GroupOf(h.parsed.Hash)]
-				s.deliver(g, &h.vnet, &h.parsed, h.frame, h.view, h.offset)
-			}
-			h.view.Release()
+			s.popped[from]++
+			s.receive(&h)
 		}
 	}
 	s.counters.Received += uint64(frames)
+	for i, to := range s.wakeList {
+		to.wake()
+		s.wakeList[i] = nil
+	}
+	s.wakeList = s.wakeList[:0]
 	return frames
+}
+
+// receive takes a frame that another shard has read to its group. h's view is
+// the shard's own.
+func (s *Shard) receive(h *handover) {
+	if h.parsed.Class == dispatch.ClassNeighbor {
+		s.deliverAll(h)
+		h.view.Release()
+		return
+	}
+	s.route(h, false)
+	h.view.Release()
 }
 
 // process runs TCP for the connections that got segments.

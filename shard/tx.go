@@ -2,6 +2,7 @@ package shard
 
 import (
 	"bytes"
+	"cmp"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -37,20 +38,23 @@ type txQueue struct {
 	queue *dispatch.Queue
 	stats *Counters
 
-	arrivals *arrivals // nil: everything leaves on queue
-
 	pkts    []*stack.PacketBuffer // nil: superseded
+	via     []*dispatch.Queue     // by packet; nil: queue
 	acks    [ackSlots]int32       // 1 + index in pkts of a flow's last pure ACK
 	scratch [txCopyLimit]byte
 	iov     []unix.Iovec
 }
 
 func newTxQueue(q *dispatch.Queue, stats *Counters) *txQueue {
-	return &txQueue{queue: q, stats: stats, pkts: make([]*stack.PacketBuffer, 0, txBurst)}
+	return &txQueue{
+		queue: q, stats: stats,
+		pkts: make([]*stack.PacketBuffer, 0, txBurst), via: make([]*dispatch.Queue, 0, txBurst),
+	}
 }
 
-// push queues pkt, whose Ethernet header is complete.
-func (t *txQueue) push(pkt *stack.PacketBuffer) {
+// push queues pkt, whose Ethernet header is complete, for a queue of the TAP, or
+// for the shard's own if that is nil.
+func (t *txQueue) push(pkt *stack.PacketBuffer, via *dispatch.Queue) {
 	if len(t.pkts) == txBurst {
 		t.flush()
 	}
@@ -58,6 +62,7 @@ func (t *txQueue) push(pkt *stack.PacketBuffer) {
 		t.supersede(pkt)
 	}
 	t.pkts = append(t.pkts, pkt.IncRef())
+	t.via = append(t.via, via)
 }
 
 // supersede drops the flow's pure ACK from the queue when pkt says the same
@@ -122,25 +127,19 @@ func (t *txQueue) flush() int {
 		if pkt == nil {
 			continue
 		}
-		t.write(pkt)
+		t.write(pkt, cmp.Or(t.via[i], t.queue))
 		pkt.DecRef()
 		t.pkts[i] = nil
 	}
-	t.pkts = t.pkts[:0]
+	t.pkts, t.via = t.pkts[:0], t.via[:0]
 	t.acks = [ackSlots]int32{}
 	return n
 }
 
-func (t *txQueue) write(pkt *stack.PacketBuffer) {
+func (t *txQueue) write(pkt *stack.PacketBuffer, queue *dispatch.Queue) {
 	vnet := vnetHeader(pkt)
 	vnet.Encode(pkt.VirtioNetHeader().Push(dispatch.VnetHeaderLen))
 
-	queue := t.queue
-	if t.arrivals != nil {
-		if q := t.arrivals.queue(pkt); q != nil {
-			queue = q
-		}
-	}
 	views, offset := pkt.AsViewList()
 	size := pkt.Size()
 	var errno syscall.Errno

@@ -87,7 +87,7 @@ func TestSupersededACKs(t *testing.T) {
 			for i, s := range test.sent {
 				pkt := s.packet()
 				header.TCP(pkt.TransportHeader().Slice()).SetWindowSize(uint16(i)) // tells them apart
-				tx.push(pkt)
+				tx.push(pkt, nil)
 				pkt.DecRef()
 			}
 			tx.flush()

@@ -1,8 +1,10 @@
 package shard
 
 import (
+	"errors"
 	"net/netip"
 	"sync"
+	"syscall"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
@@ -19,10 +21,15 @@ type DatagramHandler func(s *Socket, b []byte, from netip.AddrPort)
 
 // UDPListener receives datagrams on one port in every flow group.
 type UDPListener struct {
+	// Immutable after ListenUDP.
 	set     *Set
 	addr    netip.AddrPort
-	close   sync.Once
-	sockets [][]*Socket // by group, then by local address; owned by the group's thread
+	h       DatagramHandler
+	sockets [][]*Socket // by flow group, then by local address; each is its group's
+
+	mu      sync.Mutex               // held while flow groups do what a method asks for
+	closed  bool                     // guarded by mu
+	members map[netip.Addr][]*Socket // by multicast group, then by flow group; guarded by mu
 }
 
 // Socket is the part of a UDPListener that belongs to one flow group and one
@@ -35,6 +42,7 @@ type Socket struct {
 	entry  waiter.Entry
 	h      DatagramHandler
 	local  netip.AddrPort
+	l      *UDPListener // of a multicast group's socket, which cannot send; else nil
 	queued bool
 	closed bool
 
@@ -45,26 +53,45 @@ type Socket struct {
 // address is one of the stack's, so that an answer leaves from the one that was
 // asked. Port 0 chooses one. It may be called from any goroutine but a shard's.
 func (set *Set) ListenUDP(addrs []netip.Addr, port uint16, h DatagramHandler) (*UDPListener, error) {
-	l := &UDPListener{set: set, addr: reportedAddr(addrs, port), sockets: make([][]*Socket, len(set.groups))}
-	for id := range set.groups {
-		err := set.doGroup(id, func(g *Group) error {
-			for _, a := range addrs {
-				s, err := g.listenUDP(netip.AddrPortFrom(a, l.addr.Port()), h)
-				if err != nil {
+	return set.listenUDP(addrs, port, false, h)
+}
+
+// listenUDP is ListenUDP. A port that is shared may be opened again by others
+// who share it, and the last one gets the datagrams that are not multicast.
+func (set *Set) listenUDP(addrs []netip.Addr, port uint16, shared bool, h DatagramHandler) (*UDPListener, error) {
+	for tries := 1; ; tries++ {
+		l := &UDPListener{set: set, addr: reportedAddr(addrs, port), h: h, sockets: make([][]*Socket, len(set.groups))}
+		err := l.open(addrs, shared)
+		if err == nil {
+			return l, nil
+		}
+		l.Close()
+		if port != 0 || tries == listenTries || !errors.Is(err, syscall.EADDRINUSE) {
+			return nil, opError("listen", "udp", netip.AddrPort{}, reportedAddr(addrs, port), err)
+		}
+	}
+}
+
+// open opens the port in every flow group.
+func (l *UDPListener) open(addrs []netip.Addr, shared bool) error {
+	for id := range l.set.groups {
+		for _, a := range addrs {
+			err := l.set.doGroup(id, func(g *Group) error {
+				s := &Socket{g: g, h: l.h}
+				if err := s.bind(netip.AddrPortFrom(a, l.addr.Port()), shared); err != nil {
 					return err
 				}
 				l.sockets[id] = append(l.sockets[id], s)
 				// The first group chooses port 0; the others follow.
 				l.addr = netip.AddrPortFrom(l.addr.Addr(), s.local.Port())
+				return nil
+			})
+			if err != nil {
+				return err
 			}
-			return nil
-		})
-		if err != nil {
-			l.Close()
-			return nil, opError("listen", "udp", netip.AddrPort{}, l.addr, err)
 		}
 	}
-	return l, nil
+	return nil
 }
 
 // Addr returns the address that the listener receives on.
@@ -72,33 +99,86 @@ func (l *UDPListener) Addr() netip.AddrPort { return l.addr }
 
 // Close releases the port. It may be called from any goroutine but a shard's.
 func (l *UDPListener) Close() {
-	l.close.Do(func() {
-		for id := range l.sockets {
-			_ = l.set.doGroup(id, func(*Group) error { // a set that has ended has none
-				for _, s := range l.sockets[id] {
-					s.shut()
-				}
-				return nil
-			})
-		}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return
+	}
+	l.closed = true
+	_ = l.each(func(s *Socket) error { // a set that has ended has none
+		s.shut()
+		return nil
 	})
+	for _, sockets := range l.members {
+		l.shut(sockets)
+	}
+}
+
+// each runs f for every socket that is bound to an address of the stack, on the
+// thread of its flow group, until f returns an error.
+func (l *UDPListener) each(f func(s *Socket) error) error {
+	for id, sockets := range l.sockets {
+		if len(sockets) == 0 {
+			continue
+		}
+		err := l.set.doGroup(id, func(*Group) error {
+			for _, s := range sockets {
+				if err := f(s); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// source returns the address from which datagrams to a peer leave; false when
+// none can reach it.
+func (l *UDPListener) source(to netip.Addr) (netip.Addr, bool) {
+	nearest, ok := l.set.datagramSource(to)
+	if local := l.addr.Addr(); !local.IsUnspecified() {
+		return local, ok && local.Is4() == to.Is4()
+	}
+	return nearest, ok
+}
+
+// socket returns the flow group's socket at an address of the stack, or nil.
+func (l *UDPListener) socket(id int, local netip.Addr) *Socket {
+	for _, s := range l.sockets[id] {
+		if s.local.Addr() == local {
+			return s
+		}
+	}
+	return nil
 }
 
 func (g *Group) listenUDP(addr netip.AddrPort, h DatagramHandler) (*Socket, error) {
-	if g.shard.over() {
-		return nil, ErrClosed
-	}
 	s := &Socket{g: g, h: h}
+	return s, s.bind(addr, false)
+}
+
+// bind opens the socket's endpoint.
+func (s *Socket) bind(addr netip.AddrPort, shared bool) error {
+	g := s.g
+	if g.shard.over() {
+		return ErrClosed
+	}
 	ep, err := g.stack.NewEndpoint(udp.ProtocolNumber, networkProtocol(addr.Addr()), &s.wq)
 	if err != nil {
-		return nil, errno(err)
+		return errno(err)
 	}
 	if networkProtocol(addr.Addr()) == ipv6.ProtocolNumber {
 		ep.SocketOptions().SetV6Only(true)
 	}
+	ep.SocketOptions().SetReuseAddress(shared)
+	ep.SocketOptions().SetBroadcast(true) // as package net does
 	if err := ep.Bind(fullAddress(addr)); err != nil {
 		ep.Close()
-		return nil, errno(err)
+		return errno(err)
 	}
 	ep.SocketOptions().SetReceiveBufferSize(udpReceiveBuffer, false)
 	s.ep = ep
@@ -107,7 +187,7 @@ func (g *Group) listenUDP(addr netip.AddrPort, h DatagramHandler) (*Socket, erro
 	s.entry.Init(s, waiter.ReadableEvents|waiter.EventErr)
 	s.wq.EventRegister(&s.entry)
 	g.sockets[s] = struct{}{}
-	return s, nil
+	return nil
 }
 
 // udpReceiveBuffer is the size in bytes of a socket's receive buffer: a
@@ -121,6 +201,8 @@ func (s *Socket) NotifyEvent(waiter.EventMask) {
 		s.g.shard.ready = append(s.g.shard.ready, s)
 	}
 }
+
+func (s *Socket) group() *Group { return s.g }
 
 func (s *Socket) serve(sh *Shard) {
 	s.queued = false
@@ -148,8 +230,15 @@ func (s *Socket) serve(sh *Shard) {
 }
 
 // WriteTo sends b as one datagram. It may be fragmented by IP; above 65,507
-// bytes (65,487 for IPv6) the error is EMSGSIZE.
+// bytes (65,487 for IPv6) the error is EMSGSIZE. The socket of a multicast group
+// sends from the stack's address that is nearest to the peer.
 func (s *Socket) WriteTo(b []byte, to netip.AddrPort) (int, error) {
+	if s.l != nil {
+		local, _ := s.l.source(to.Addr())
+		if s = s.l.socket(s.g.id, local); s == nil {
+			return 0, syscall.ENETUNREACH
+		}
+	}
 	sc := s.g.shard.scratch
 	sc.payload.b = b
 	sc.to = fullAddress(to)
@@ -167,9 +256,12 @@ func (s *Socket) WriteTo(b []byte, to netip.AddrPort) (int, error) {
 }
 
 // Do runs f on the thread of the socket's shard, like Conn.Do.
-func (s *Socket) Do(f func()) bool { return s.g.shard.do(func(*Shard) { f() }) }
+func (s *Socket) Do(f func()) bool {
+	return s.g.do(func(*Group) error { f(); return nil }) == nil
+}
 
-// LocalAddr returns the address that the socket is bound to.
+// LocalAddr returns the address that the socket's datagrams were sent to: one of
+// the stack's, or a multicast group's.
 func (s *Socket) LocalAddr() netip.AddrPort { return s.local }
 
 // Shard returns the shard that processes the socket's datagrams.

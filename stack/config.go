@@ -115,6 +115,32 @@ func enumValue(names []string, s string) (int, error) {
 	return 0, fmt.Errorf("%q is not one of %q", s, names)
 }
 
+// HashKey is a key of the Toeplitz hash, 40 bytes.
+type HashKey = dispatch.Key
+
+// ParseHashKey makes a key of 40 bytes; it refuses one that would leave buckets
+// of the indirection table empty.
+func ParseHashKey(b []byte) (HashKey, error) { return dispatch.CheckKey(b) }
+
+// VerificationKey is the key of Microsoft's verification suite for receive-side
+// scaling. It is for comparing hashes: everybody knows it.
+var VerificationKey = dispatch.VerificationKey
+
+// HashTypes is a set of RSS hash types, with the names that Windows gives them:
+// what the hash of a packet looks at beside its addresses.
+type HashTypes = dispatch.HashTypes
+
+// The hash types.
+const (
+	HashIPv4    = dispatch.HashIPv4
+	HashTCPIPv4 = dispatch.HashTCPIPv4
+	HashUDPIPv4 = dispatch.HashUDPIPv4
+	HashIPv6    = dispatch.HashIPv6
+	HashTCPIPv6 = dispatch.HashTCPIPv6
+	HashUDPIPv6 = dispatch.HashUDPIPv6
+	HashAll     = dispatch.HashAll
+)
+
 // Config describes a stack. Only Addrs is required; a zero field means its
 // documented default.
 type Config struct {
@@ -156,13 +182,22 @@ type Config struct {
 
 	// Steering says who picks the queue of a frame. Default SteeringAuto.
 	Steering Steering
+	// Rebalance says what moves flow groups, with their live connections,
+	// between shards. Default RebalanceAuto.
+	Rebalance Rebalance
 	// Offload says whether frames may be larger than the MTU. Default
 	// OffloadAuto.
 	Offload OffloadMode
-	// HashKey is the key of the Toeplitz hash. Default: random, and checked to
-	// spread consecutive ports over all buckets. Who knows the key can choose
+	// HashKey is the key of the Toeplitz hash; one that does not reach every
+	// bucket is refused. Default: random, because who knows the key can choose
 	// the shard of a flow.
-	HashKey *dispatch.Key
+	HashKey *HashKey
+	// SymmetricHash draws a key by which both directions of a flow have the same
+	// hash, for those who look at both. It is easier to guess: it has 14 bits of
+	// entropy instead of 309.
+	SymmetricHash bool
+	// HashTypes says which headers the hash looks at. Default HashAll.
+	HashTypes HashTypes
 
 	// Spin is how long a shard without work looks for more before it blocks,
 	// up to 1 s. More costs CPU time and shortens latency. Default 50 µs;
@@ -208,6 +243,7 @@ func (cfg Config) withDefaults() (Config, error) {
 	setDefault(&cfg.MTU, DefaultMTU)
 	setDefault(&cfg.Spin, DefaultSpin)
 	setDefault(&cfg.Backlog, DefaultBacklog)
+	setDefault(&cfg.HashTypes, HashAll)
 	setDefault(&cfg.MaxConns, DefaultMaxConns)
 	setDefault(&cfg.RxBuffers, DefaultRxBuffers)
 	setDefault(&cfg.OffloadThreads, max(runtime.NumCPU(), 2))
@@ -274,6 +310,12 @@ func (cfg *Config) validate() error {
 	switch {
 	case cfg.Spin > maxSpin:
 		return badField("Spin", cfg.Spin, "at most "+maxSpin.String())
+	case cfg.HashKey != nil && cfg.SymmetricHash:
+		return badField("SymmetricHash", cfg.SymmetricHash, "false with a HashKey, which is symmetric or not by itself")
+	case cfg.HashTypes&^HashAll != 0:
+		return badField("HashTypes", uint8(cfg.HashTypes), "a set of "+HashAll.String())
+	case cfg.Rebalance < RebalanceAuto || cfg.Rebalance > RebalanceConserve:
+		return badField("Rebalance", cfg.Rebalance, fmt.Sprintf("one of %q", rebalanceNames))
 	case cfg.Steering < SteeringAuto || cfg.Steering > SteeringUser:
 		return badField("Steering", cfg.Steering, fmt.Sprintf("one of %q", steeringNames))
 	case cfg.Offload < OffloadAuto || cfg.Offload > OffloadOff:

@@ -52,7 +52,9 @@ func (s *Stack) DialContext(ctx context.Context, network, address string) (net.C
 
 // Resolver returns a resolver that asks the name servers of /etc/resolv.conf
 // through the stack, after /etc/hosts. A name server on the kernel's loopback
-// address is out of the stack's reach. Copy it to set its other fields.
+// address is out of the stack's reach. Package net sorts the addresses of a name
+// by the kernel's routes (RFC 6724 section 6), not the stack's. Copy it to set
+// its other fields.
 func (s *Stack) Resolver() *net.Resolver {
 	return &net.Resolver{PreferGo: true, Dial: s.DialContext}
 }

@@ -18,7 +18,8 @@
 //     coroutine of that thread. Waiting for the peer lets the shard go on; other
 //     work that blocks goes through [Offload].
 //   - Any goroutine: [Stack.Listen], [Stack.ListenPacket] and
-//     [Stack.DialContext] give a net.Listener, net.PacketConn and net.Conn.
+//     [Stack.DialContext] give a net.Listener, net.PacketConn and net.Conn;
+//     [Stack.ListenMulticastUDP] a net.PacketConn in a multicast group.
 //
 // Every connection tells the shard, the CPU and the NUMA node where its
 // segments are processed; see [Where].

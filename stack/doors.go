@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"numastack/shard"
@@ -132,12 +134,22 @@ func (s *Stack) HandleUDP(network, address string, h Datagrams) (UDPPort, error)
 type UDPPort interface {
 	Close() error
 	Addr() net.Addr
+	Multicaster
 }
 
-type udpPort struct{ l *shard.UDPListener }
+// Multicaster is what a UDP port can do with multicast groups. The stack has one
+// device, so none is named. The methods of [PacketConn] say more.
+type Multicaster interface {
+	JoinGroup(group netip.Addr) error
+	LeaveGroup(group netip.Addr) error
+	SetMulticastTTL(ttl int) error
+	SetMulticastLoopback(on bool) error
+}
 
-func (p udpPort) Close() error   { p.l.Close(); return nil }
-func (p udpPort) Addr() net.Addr { return net.UDPAddrFromAddrPort(p.l.Addr()) }
+type udpPort struct{ *shard.UDPListener }
+
+func (p udpPort) Close() error   { p.UDPListener.Close(); return nil }
+func (p udpPort) Addr() net.Addr { return net.UDPAddrFromAddrPort(p.UDPListener.Addr()) }
 
 // Listen listens for TCP connections like net.Listen: network is tcp, tcp4 or
 // tcp6; address is host:port with an address of the stack, or without a host
@@ -155,8 +167,17 @@ func (s *Stack) Listen(network, address string) (net.Listener, error) {
 	return l, nil
 }
 
+// PacketConn is the net.PacketConn of ListenPacket.
+type PacketConn = shard.NetPacketConn
+
+var (
+	_ Multicaster = (*PacketConn)(nil)
+	_ Multicaster = (*shard.NetPacketDialed)(nil) // to send to a group
+)
+
 // ListenPacket opens a UDP port like net.ListenPacket: network is udp, udp4 or
-// udp6, address is as in Listen.
+// udp6, address is as in Listen. It returns a *[PacketConn], which may join
+// multicast groups.
 func (s *Stack) ListenPacket(network, address string) (net.PacketConn, error) {
 	addrs, port, err := s.local("udp", network, address)
 	if err != nil {
@@ -167,6 +188,42 @@ func (s *Stack) ListenPacket(network, address string) (net.PacketConn, error) {
 		return nil, err
 	}
 	return p, nil
+}
+
+// ListenMulticastUDP opens a UDP port that is in a multicast group, like
+// net.ListenMulticastUDP: network is udp, udp4 or udp6; the port is open at all
+// addresses of the group's family; it gets what any source sends to the group,
+// but not what it sends there itself. Several may be open with one port.
+func (s *Stack) ListenMulticastUDP(network string, group *net.UDPAddr) (*PacketConn, error) {
+	addrs, to, err := s.multicast(network, group)
+	if err != nil {
+		return nil, &net.OpError{Op: "listen", Net: network, Err: err}
+	}
+	return s.set.ListenNetMulticast(addrs, to)
+}
+
+// multicast finds out the addresses to open a multicast group's port at.
+func (s *Stack) multicast(network string, group *net.UDPAddr) ([]netip.Addr, netip.AddrPort, error) {
+	if group == nil {
+		return nil, netip.AddrPort{}, &net.AddrError{Err: "missing address"}
+	}
+	to := netip.AddrPortFrom(group.AddrPort().Addr().Unmap().WithZone(""), group.AddrPort().Port())
+	kind, family, err := parseNetwork(network)
+	switch {
+	case err != nil:
+		return nil, to, err
+	case kind != "udp":
+		return nil, to, net.UnknownNetworkError(network)
+	case !to.Addr().IsMulticast() || !family(to.Addr()):
+		return nil, to, &net.AddrError{Err: "not a multicast address of " + network, Addr: group.String()}
+	case group.Port != int(to.Port()):
+		return nil, to, &net.AddrError{Err: "invalid port, want 0 to 65535", Addr: group.String()}
+	}
+	if network = "udp4"; to.Addr().Is6() {
+		network = "udp6"
+	}
+	addrs, _, err := s.local("udp", network, ":0")
+	return addrs, to, err
 }
 
 // local finds out which of the stack's addresses a listening address means.
@@ -203,10 +260,14 @@ func (s *Stack) local(want, network, address string) ([]netip.Addr, uint16, erro
 			addrs = append(addrs, addr)
 		}
 	}
-	if addrs == nil {
+	switch {
+	case addrs != nil:
+		return addrs, a.Port(), nil
+	case wildcard || !family(a.Addr()):
 		return nil, 0, &net.AddrError{Err: fmt.Sprintf("no such %s address in the stack, which has %v", network, s.cfg.Addrs), Addr: address}
+	default:
+		return nil, 0, fmt.Errorf("address %s: %w: the stack has %v", address, os.NewSyscallError("bind", syscall.EADDRNOTAVAIL), s.cfg.Addrs)
 	}
-	return addrs, a.Port(), nil
 }
 
 // parseNetwork splits a network into tcp or udp and the addresses it accepts.

@@ -70,6 +70,20 @@ func TestLocalErrors(t *testing.T) {
 	if _, err := s.HandleUDP("udp", ":80", nil); err == nil {
 		t.Error("HandleUDP took a nil handler")
 	}
+	for _, group := range []*net.UDPAddr{
+		nil,
+		{},
+		{Port: 5000},
+		{IP: net.IPv4(10, 0, 0, 2), Port: 5000},
+		{IP: net.IPv4(239, 1, 2, 3), Port: -1},
+		{IP: net.IPv4(239, 1, 2, 3), Port: 70_000},
+		{IP: net.ParseIP("ff02::1"), Port: 5000}, // without an address of IPv6
+	} {
+		var opErr *net.OpError
+		if p, err := s.ListenMulticastUDP("udp", group); p != nil || !errors.As(err, &opErr) || opErr.Op != "listen" {
+			t.Errorf("ListenMulticastUDP(%v): %v, want a *net.OpError of listen", group, err)
+		}
+	}
 	for _, test := range [][2]string{{"tcp", ":80"}, {"tcp", "0.0.0.0:80"}, {"tcp4", "[fd00::1]:80"}, {"ip", "10.0.0.1:1"}} {
 		var opErr *net.OpError
 		if _, err := s.DialContext(t.Context(), test[0], test[1]); !errors.As(err, &opErr) || opErr.Op != "dial" {

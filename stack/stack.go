@@ -16,7 +16,9 @@ type Stack struct {
 	cfg      Config
 	device   *dispatch.Device
 	program  *dispatch.Program // nil with user-space steering
+	marker   *dispatch.Marker  // nil with user-space steering, or without the right to have one
 	set      *shard.Set
+	balance  *rebalancer // nil with one shard
 	steering Steering
 }
 
@@ -24,6 +26,10 @@ type Stack struct {
 // or of the machine is in the way.
 func New(cfg Config) (_ *Stack, err error) {
 	cfg, err = cfg.withDefaults()
+	if err != nil {
+		return nil, fmt.Errorf("stack config: %w", err)
+	}
+	toeplitz, err := cfg.toeplitz()
 	if err != nil {
 		return nil, fmt.Errorf("stack config: %w", err)
 	}
@@ -46,15 +52,6 @@ func New(cfg Config) (_ *Stack, err error) {
 	}); err != nil {
 		return nil, err
 	}
-	var key dispatch.Key
-	if cfg.HashKey != nil {
-		key = *cfg.HashKey
-		if !key.ReachesAllBuckets() {
-			cfg.Logger.Warn("the hash key leaves buckets empty when clients use consecutive ports")
-		}
-	} else if key, err = dispatch.NewKey(); err != nil {
-		return nil, err
-	}
 	queues := make([]*dispatch.Queue, cfg.Shards)
 	for i := range queues {
 		queues[i] = s.device.Queue(i)
@@ -64,7 +61,7 @@ func New(cfg Config) (_ *Stack, err error) {
 		return nil, err
 	}
 	// Before the shards begin, so that no frame arrives unsteered.
-	if err = s.steer(key, reta); err != nil {
+	if err = s.steer(toeplitz, reta); err != nil {
 		return nil, err
 	}
 	if s.set, err = shard.New(shard.Config{
@@ -74,8 +71,10 @@ func New(cfg Config) (_ *Stack, err error) {
 		GSO:            cfg.Offload == OffloadAuto,
 		CPUs:           cfg.CPUs,
 		RETA:           reta,
-		Key:            key,
-		UserSteering:   s.steering == SteeringUser,
+		Toeplitz:       toeplitz,
+		Program:        s.program,
+		Marker:         s.marker,
+		QueueLen:       s.device.TxQueueLen(),
 		Addrs:          cfg.Addrs,
 		Gateways:       cfg.Gateways,
 		Spin:           cfg.Spin,
@@ -90,10 +89,13 @@ func New(cfg Config) (_ *Stack, err error) {
 	}); err != nil {
 		return nil, err
 	}
+	if cfg.Shards > 1 {
+		s.balance = startRebalancer(cfg.Rebalance, s.set, cfg.Logger)
+	}
 	cfg.Logger.Info("stack is up",
 		"device", cfg.Device, "mtu", cfg.MTU, "offloads", s.device.Offloads().String(),
 		"addrs", cfg.Addrs, "shards", cfg.Shards, "groups", cfg.Groups, "cpus", cfg.CPUs,
-		"steering", s.steering.String())
+		"steering", s.steering.String(), "rebalance", cfg.Rebalance.String())
 	if runtime.GOMAXPROCS(0) <= cfg.Shards {
 		cfg.Logger.Warn("GOMAXPROCS should exceed the number of shards, or other goroutines wait behind them",
 			"gomaxprocs", runtime.GOMAXPROCS(0), "shards", cfg.Shards)
@@ -101,13 +103,32 @@ func New(cfg Config) (_ *Stack, err error) {
 	return s, nil
 }
 
+// toeplitz returns the hash that the configuration asks for.
+func (cfg *Config) toeplitz() (*dispatch.Toeplitz, error) {
+	var key dispatch.Key
+	var err error
+	switch {
+	case cfg.HashKey != nil:
+		key = *cfg.HashKey
+		err = key.Check()
+	case cfg.SymmetricHash:
+		key, err = dispatch.NewSymmetricKey()
+	default:
+		key, err = dispatch.NewKey()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return dispatch.NewToeplitzTypes(key, cfg.HashTypes), nil
+}
+
 // steer attaches the steering program, or decides to do without.
-func (s *Stack) steer(key dispatch.Key, reta *dispatch.RETA) (err error) {
+func (s *Stack) steer(toeplitz *dispatch.Toeplitz, reta *dispatch.RETA) (err error) {
 	s.steering = SteeringUser
 	if s.cfg.Steering == SteeringUser {
 		return nil
 	}
-	if s.program, err = dispatch.NewProgram(key); err == nil {
+	if s.program, err = dispatch.NewProgram(toeplitz); err == nil {
 		err = s.program.SetQueues(reta.Queues())
 	}
 	if err == nil {
@@ -116,6 +137,9 @@ func (s *Stack) steer(key dispatch.Key, reta *dispatch.RETA) (err error) {
 	if err == nil {
 		s.steering = SteeringKernel
 		s.device.Discard()
+		if s.marker, err = s.device.OpenMarker(); err != nil {
+			s.cfg.Logger.Info("flow groups leave a busy shard more slowly than they could", "error", err)
+		}
 		return nil
 	}
 	if s.cfg.Steering == SteeringKernel {
@@ -125,16 +149,26 @@ func (s *Stack) steer(key dispatch.Key, reta *dispatch.RETA) (err error) {
 		return fmt.Errorf("kernel steering: %w", err)
 	}
 	s.cfg.Logger.Warn("no kernel steering, shards hand frames to each other", "error", err)
+	if s.program != nil {
+		_ = s.program.Close() // it was never used
+		s.program = nil
+	}
 	return nil
 }
 
 // release gives back what New took, in any state of it.
 func (s *Stack) release() (err error) {
+	if s.balance != nil {
+		s.balance.close()
+	}
 	if s.set != nil {
 		s.set.Close()
 	}
 	if s.program != nil {
 		err = s.program.Close()
+	}
+	if s.marker != nil {
+		err = errors.Join(err, s.marker.Close())
 	}
 	if s.device != nil {
 		err = errors.Join(err, s.device.Close())
@@ -167,6 +201,8 @@ type Stats struct {
 	// KernelDropped is how many frames the kernel lost because a shard did not
 	// read its queue in time.
 	KernelDropped uint64 `json:"kernel_dropped"`
+
+	Rebalance RebalanceStats `json:"rebalance"`
 }
 
 // ShardStats is what one shard has counted.
@@ -176,6 +212,9 @@ type ShardStats = shard.Counters
 // waits for each shard to finish a turn.
 func (s *Stack) Stats() Stats {
 	stats := Stats{Shards: s.set.Stats()}
+	if s.balance != nil {
+		stats.Rebalance = s.balance.stats()
+	}
 	// Zero when the device is gone.
 	stats.KernelDropped, _ = s.device.Dropped()
 	return stats

@@ -48,6 +48,7 @@ func Flags(fs *flag.FlagSet) *Options {
 	fs.IntVar(&o.cfg.Groups, "groups", 0, "`number` of flow groups, from the number of shards to 128; 0: choose")
 	fs.Func("cpus", "CPU `list` for the shards, as in 0,2-3 (default the allowed ones in order)", o.setCPUs)
 	fs.IntVar(&o.cfg.MTU, "mtu", o.cfg.MTU, "largest IP packet in `bytes`, 576 to 65521")
+	fs.TextVar(&o.cfg.Rebalance, "rebalance", stack.RebalanceAuto, "`how` flow groups move between shards: auto (even out the load), conserve (use as few shards as carry it) or off")
 	fs.TextVar(&o.cfg.Steering, "steering", stack.SteeringAuto, "`who` picks the queue of a frame: auto, kernel (eBPF) or user")
 	fs.DurationVar(&o.cfg.Spin, "spin", o.cfg.Spin, "`time` an idle shard looks for work before it blocks, up to 1s; negative: none")
 	fs.TextVar(&o.cfg.Offload, "offload", stack.OffloadAuto, "`whether` frames may exceed the MTU (GSO) and leave checksums to the other side: auto or off")

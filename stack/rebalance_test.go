@@ -1,0 +1,257 @@
+package stack
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"testing"
+	"time"
+
+	"numastack/shard"
+)
+
+// model is a machine whose flow groups cause fixed loads, wherever they are. A
+// shard that has more than it can do is busy all the time.
+type model struct {
+	nodes    []int // of each shard
+	owner    []int // of each group
+	load     []float64
+	served   map[int]bool // groups that have to stay
+	draining []bool
+	busy     []uint64 // by group
+	moved    []string
+	pinned   []int
+}
+
+func newModel(nodes []int, load ...float64) *model {
+	m := &model{nodes: nodes, load: load, served: make(map[int]bool)}
+	m.owner = make([]int, len(load))
+	m.busy = make([]uint64, len(load))
+	m.draining = make([]bool, len(nodes))
+	return m
+}
+
+func (m *model) pass(d time.Duration) {
+	for id := range m.nodes {
+		total := m.demand(id)
+		for g, owner := range m.owner {
+			if owner == id {
+				m.busy[g] += uint64(float64(d) * m.load[g] / max(total, 1))
+			}
+		}
+	}
+}
+
+// demand is what the groups of a shard would like to have of its time.
+func (m *model) demand(id int) (total float64) {
+	for g, owner := range m.owner {
+		if owner == id {
+			total += m.load[g]
+		}
+	}
+	return total
+}
+
+func (m *model) Stats() []shard.Counters {
+	all := make([]shard.Counters, len(m.nodes))
+	for id, node := range m.nodes {
+		all[id] = shard.Counters{Shard: id, CPU: 10 + id, Node: node}
+		for g, owner := range m.owner {
+			if owner == id {
+				served := 0
+				if m.served[g] {
+					served = 1
+				}
+				all[id].Groups = append(all[id].Groups, shard.GroupCounters{Group: g, Busy: m.busy[g], Served: served})
+			}
+		}
+	}
+	return all
+}
+
+func (m *model) Move(group, to int) error {
+	if m.draining[to] || m.served[group] {
+		return errors.New("refused")
+	}
+	m.moved = append(m.moved, fmt.Sprintf("%d:%d>%d", group, m.owner[group], to))
+	m.owner[group] = to
+	return nil
+}
+
+func (m *model) Drain(id int) error {
+	m.draining[id] = true
+	for g, owner := range m.owner {
+		if owner == id {
+			m.owner[g] = slices.Index(m.draining, false)
+		}
+	}
+	return nil
+}
+
+func (m *model) Resume(id int) error { m.draining[id] = false; return nil }
+func (m *model) Draining() []bool    { return slices.Clone(m.draining) }
+func (m *model) Repin(id int) error  { m.pinned = append(m.pinned, id); return nil }
+
+// watch lets the rebalancer look n times.
+func (m *model) watch(r *rebalancer, n int) {
+	for range n {
+		m.pass(rebalanceEvery)
+		r.look(rebalanceEvery)
+	}
+}
+
+func (m *model) rebalancer(mode Rebalance) *rebalancer {
+	r := newRebalancer(mode, m, slog.New(slog.DiscardHandler))
+	r.online = func() (cpus []int, err error) {
+		for id := range m.nodes {
+			cpus = append(cpus, 10+id)
+		}
+		return cpus, nil
+	}
+	return r
+}
+
+func repeat(load float64, n int) []float64 { return slices.Repeat([]float64{load}, n) }
+
+func TestRebalance(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		nodes []int
+		load  []float64
+		owner []int // of the first groups; the others are on shard 0
+		moves int   // at most
+		least int   // moves, at least
+		limit float64
+	}{
+		{"all on one of two", []int{0, 0}, repeat(0.2, 8), nil, 4, 4, 0.81},
+		{"all on one of four", []int{0, 0, 0, 0}, repeat(0.1, 16), nil, 12, 10, 0.51},
+		{"even already", []int{0, 0}, repeat(0.2, 4), []int{0, 1, 0, 1}, 0, 0, 0.41},
+		{"a little uneven", []int{0, 0}, []float64{0.3, 0.3, 0.25, 0.25}, []int{0, 0, 1, 1}, 0, 0, 0.61},
+		{"idle and uneven", []int{0, 0}, repeat(0.05, 6), nil, 0, 0, 0.31},
+		{"one flow fills a shard", []int{0, 0}, []float64{0.9, 0.1, 0.1, 0.1}, nil, 3, 3, 0.91},
+		{"one flow, alone", []int{0, 0}, []float64{0.9}, nil, 0, 0, 0.91},
+		{"three equal flows", []int{0, 0}, repeat(0.45, 3), []int{0, 0, 1}, 0, 0, 0.91},
+		{"more than there is room for", []int{0, 0}, repeat(0.5, 8), nil, 4, 3, 2.6},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			m := newModel(test.nodes, test.load...)
+			copy(m.owner, test.owner)
+			r := m.rebalancer(RebalanceAuto)
+			m.watch(r, 8) // two seconds
+			if n := len(m.moved); n < test.least || n > test.moves {
+				t.Errorf("%d moves, want %d to %d: %v", n, test.least, test.moves, m.moved)
+			}
+			for id := range m.nodes {
+				if d := m.demand(id); d > test.limit {
+					t.Errorf("shard %d has a load of %.2f, want %.2f or less; owners %v", id, d, test.limit, m.owner)
+				}
+			}
+			before := len(m.moved)
+			m.watch(r, 240) // a minute
+			if n := len(m.moved) - before; n != 0 {
+				t.Errorf("%d moves under a steady load: %v", n, m.moved[before:])
+			}
+			if got := r.stats().Moves; got != uint64(len(m.moved)) {
+				t.Errorf("%d moves counted, want %d", got, len(m.moved))
+			}
+		})
+	}
+}
+
+// TestRebalanceNoise: a peak that is gone at the next look moves nothing.
+func TestRebalanceNoise(t *testing.T) {
+	m := newModel([]int{0, 0}, 0.3, 0.3, 0.3, 0.3)
+	copy(m.owner, []int{0, 0, 1, 1})
+	r := m.rebalancer(RebalanceAuto)
+	for range 100 {
+		m.load[0], m.load[1] = 0.4, 0.5
+		m.watch(r, 1)
+		m.load[0], m.load[1] = 0.3, 0.3
+		m.watch(r, 1)
+	}
+	if len(m.moved) != 0 {
+		t.Errorf("moved %v", m.moved)
+	}
+}
+
+func TestRebalancePrefersItsNode(t *testing.T) {
+	m := newModel([]int{0, 0, 1}, repeat(0.2, 4)...)
+	m.owner = []int{0, 0, 0, 0}
+	r := m.rebalancer(RebalanceAuto)
+	m.watch(r, 4)
+	if m.demand(2) != 0 || m.demand(1) < 0.39 {
+		t.Errorf("owners %v, want shards 0 and 1 of one node to share", m.owner)
+	}
+	m = newModel([]int{0, 0, 1}, repeat(0.2, 10)...)
+	r = m.rebalancer(RebalanceAuto)
+	m.watch(r, 16)
+	if m.demand(2) < 0.59 || r.stats().CrossNode == 0 {
+		t.Errorf("owners %v, %d moves to another node: want all three shards to share", m.owner, r.stats().CrossNode)
+	}
+}
+
+func TestRebalanceLeavesServedGroups(t *testing.T) {
+	m := newModel([]int{0, 0}, repeat(0.2, 4)...)
+	m.served = map[int]bool{0: true, 1: true, 2: true}
+	r := m.rebalancer(RebalanceAuto)
+	m.watch(r, 8)
+	if !slices.Equal(m.moved, []string{"3:0>1"}) || r.stats().Refused != 0 {
+		t.Errorf("moved %v, %d refused: want only the group without handlers", m.moved, r.stats().Refused)
+	}
+}
+
+func TestRebalanceOffMovesNothing(t *testing.T) {
+	m := newModel([]int{0, 0}, repeat(0.2, 8)...)
+	m.watch(m.rebalancer(RebalanceOff), 20)
+	if len(m.moved) != 0 {
+		t.Errorf("moved %v", m.moved)
+	}
+}
+
+func TestRebalanceConserve(t *testing.T) {
+	m := newModel([]int{0, 0, 0}, repeat(0.02, 6)...)
+	copy(m.owner, []int{0, 1, 2, 0, 1, 2})
+	r := m.rebalancer(RebalanceConserve)
+	m.watch(r, conserveLooks-1)
+	if slices.Contains(m.draining, true) {
+		t.Fatal("drained before its time")
+	}
+	m.watch(r, 3*conserveLooks)
+	if !slices.Equal(m.draining, []bool{false, true, true}) || r.stats().Drains != 2 {
+		t.Fatalf("draining %v after a long time without load, want all but shard 0", m.draining)
+	}
+	for g := range m.load {
+		m.load[g] = 0.25
+	}
+	m.watch(r, 8)
+	if d := m.demand(1); m.draining[1] || d < 0.4 || d > 0.8 {
+		t.Errorf("shard 1 draining %v with %.2f of 1.5 to do, want about half; owners %v", m.draining[1], d, m.owner)
+	}
+}
+
+// TestFollowCPUs: a shard whose CPU is gone is drained, and comes back with it,
+// also when nothing else is rebalanced. What the user has drained stays so.
+func TestFollowCPUs(t *testing.T) {
+	m := newModel([]int{0, 0, 0}, repeat(0.1, 6)...)
+	copy(m.owner, []int{0, 1, 2, 0, 1, 2})
+	r := m.rebalancer(RebalanceOff)
+	all := r.online
+	if err := m.Drain(2); err != nil {
+		t.Fatal(err)
+	}
+	r.online = func() ([]int, error) { return []int{0, 10}, nil }
+	m.watch(r, 3)
+	if want := map[int]bool{1: true, 2: false}; !m.draining[1] || !maps.Equal(r.lost, want) {
+		t.Errorf("draining %v, lost %v; want %v", m.draining, r.lost, want)
+	}
+	r.online = all
+	m.watch(r, 3)
+	if m.draining[1] || !m.draining[2] || !slices.Equal(m.pinned, []int{1, 2}) {
+		t.Errorf("draining %v, pinned %v; want shard 1 back, shard 2 drained, both pinned", m.draining, m.pinned)
+	}
+	if s := r.stats(); s.Drains != 1 || s.Resumes != 1 {
+		t.Errorf("%d drains and %d resumes counted, want 1 each", s.Drains, s.Resumes)
+	}
+}
