@@ -106,8 +106,8 @@ func (g *Group) deliverSegment(c *Conn, p *dispatch.Parsed, frame []byte, pkt *s
 	f := &c.flow
 	if !f.touched {
 		f.touched = true
-		f.next = *received(c.ep)
-		if *acknowledged(c.ep) == f.next {
+		f.next = receiving(c.ep).RcvNxt
+		if sending(c.ep).MaxSentAck == f.next {
 			f.waiting = 0
 		}
 		g.tcp.touchedConns = append(g.tcp.touchedConns, c)
@@ -134,7 +134,7 @@ func (g *Group) deliverSegment(c *Conn, p *dispatch.Parsed, frame []byte, pkt *s
 func (p *inlineTCP) runConn(c *Conn) {
 	f := &c.flow
 	f.touched = false
-	acked := acknowledged(c.ep)
+	acked := &sending(c.ep).MaxSentAck
 	if f.next == *acked {
 		p.run(c.ep)
 		return
@@ -167,7 +167,7 @@ const (
 // unacknowledged returns how many bytes have arrived that the peer was not told
 // about.
 func (c *Conn) unacknowledged() int {
-	return int(acknowledged(c.ep).Size(*received(c.ep)))
+	return int(sending(c.ep).MaxSentAck.Size(receiving(c.ep).RcvNxt))
 }
 
 // acknowledge comes after the application's step of the turn. It acknowledges

@@ -95,7 +95,8 @@ func newRawPeer(t *testing.T, s *Shard) *rawPeer {
 			DstHwAddress: make([]byte, 6), DstProtAddress: local[:],
 		})
 	r.receive()
-	r.send(&layers.TCP{SYN: true}, 0, "")
+	mss := layers.TCPOption{OptionType: layers.TCPOptionKindMSS, OptionLength: 4, OptionData: []byte{1460 >> 8, 1460 & 0xff}}
+	r.send(&layers.TCP{SYN: true, Options: []layers.TCPOption{mss}}, 0, "")
 	answer := r.receive()
 	if len(answer) != 1 || !answer[0].SYN || !answer[0].ACK {
 		t.Fatalf("SYN was answered with %s", show(answer))

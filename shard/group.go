@@ -53,6 +53,8 @@ type Group struct {
 	busy       uint64 // nanoseconds; see Shard.settle
 	served     int    // handlers of Serve that have not ended
 
+	timeouts  uint64 // of retransmission timers, up to the last look for black holes
+	stuck     map[*tcp.Endpoint]stuck
 	fragments *dispatch.Fragments // nil before the first one
 	arrivals  *arrivals           // nil: the kernel knows the queues
 

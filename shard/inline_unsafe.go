@@ -14,7 +14,7 @@ package shard
 //   - tcp.protocol has a field dispatcher with a slice processors, whose
 //     elements begin with a queue of endpoints named epQ;
 //   - tcp.Endpoint has fields snd and rcv, pointers to a sender and a receiver
-//     with the exported TCPSenderState.MaxSentAck and TCPReceiverState.RcvNxt;
+//     with the exported TCPSenderState and TCPReceiverState;
 //   - buffer.View has a method sharesChunk.
 //
 // What would end the need: an option of gVisor's TCP to process segments in
@@ -27,7 +27,6 @@ import (
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/seqnum"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
@@ -84,32 +83,33 @@ func field(t reflect.Type, name, typ string) (reflect.Type, uintptr) {
 }
 
 var (
-	sender, senderOffset               = field(reflect.TypeFor[tcp.Endpoint](), "snd", "*tcp.sender")
-	senderState, senderStateOffset     = field(sender.Elem(), "TCPSenderState", "tcp.TCPSenderState")
-	_, maxSentAckOffset                = field(senderState, "MaxSentAck", "seqnum.Value")
-	receiver, receiverOffset           = field(reflect.TypeFor[tcp.Endpoint](), "rcv", "*tcp.receiver")
-	receiverState, receiverStateOffset = field(receiver.Elem(), "TCPReceiverState", "tcp.TCPReceiverState")
-	_, rcvNxtOffset                    = field(receiverState, "RcvNxt", "seqnum.Value")
+	sender, senderOffset     = field(reflect.TypeFor[tcp.Endpoint](), "snd", "*tcp.sender")
+	receiver, receiverOffset = field(reflect.TypeFor[tcp.Endpoint](), "rcv", "*tcp.receiver")
+	_, senderStateOffset     = field(sender.Elem(), "TCPSenderState", "tcp.TCPSenderState")
+	_, receiverStateOffset   = field(receiver.Elem(), "TCPReceiverState", "tcp.TCPReceiverState")
 )
 
-// below returns the address at offset in what the pointer at e+pointer points to.
-func below(e *tcp.Endpoint, pointer, offset uintptr) unsafe.Pointer {
-	return unsafe.Add(*(*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(e), pointer)), offset)
+// pointerAt returns the pointer that e keeps at offset.
+func pointerAt(e *tcp.Endpoint, offset uintptr) unsafe.Pointer {
+	return *(*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(e), offset))
 }
 
-// acknowledged returns where e keeps the highest acknowledgement it has sent.
-// Like received and sendAck it is for endpoints that have been connected.
-func acknowledged(e *tcp.Endpoint) *seqnum.Value {
-	return (*seqnum.Value)(below(e, senderOffset, senderStateOffset+maxSentAckOffset))
+// sending returns the state of e's sender. Like receiving and sendAck it is for
+// endpoints that have been connected.
+func sending(e *tcp.Endpoint) *tcp.TCPSenderState {
+	return (*tcp.TCPSenderState)(unsafe.Add(pointerAt(e, senderOffset), senderStateOffset))
 }
 
-// received returns where e keeps the sequence number that it expects next.
-func received(e *tcp.Endpoint) *seqnum.Value {
-	return (*seqnum.Value)(below(e, receiverOffset, receiverStateOffset+rcvNxtOffset))
+// receiving returns the state of e's receiver.
+func receiving(e *tcp.Endpoint) *tcp.TCPReceiverState {
+	return (*tcp.TCPReceiverState)(unsafe.Add(pointerAt(e, receiverOffset), receiverStateOffset))
 }
 
 // sendAck sends a pure ACK. The caller has locked e.
-func sendAck(e *tcp.Endpoint) { senderSendAck(below(e, senderOffset, 0)) }
+func sendAck(e *tcp.Endpoint) { senderSendAck(pointerAt(e, senderOffset)) }
+
+// hasSender reports whether e has been connected.
+func hasSender(e *tcp.Endpoint) bool { return pointerAt(e, senderOffset) != nil }
 
 // segmentsQueued reports whether e holds segments that were not processed.
 func segmentsQueued(e *tcp.Endpoint) bool {

@@ -21,6 +21,8 @@ type Counters struct {
 	Dropped        uint64            `json:"dropped"` // sum of DroppedByCause
 	DroppedByCause map[string]uint64 `json:"dropped_by_cause,omitempty"`
 
+	BlackHoles uint64 `json:"black_holes"` // connections whose segments were made smaller, because large ones were lost without a word
+
 	FragmentsHeld uint64 `json:"fragments_held"` // fragments of IP that waited for the first one of their packet
 
 	AcksSuperseded uint64 `json:"acks_superseded"` // pure ACKs that a later segment of the burst made needless

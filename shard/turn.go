@@ -292,6 +292,7 @@ func (s *Shard) fireTimers() (fired int) {
 	for _, g := range s.groups {
 		if g.clock.next() <= s.now {
 			fired += g.clock.fire()
+			g.lookForBlackHoles()
 			g.activate() // a timer may re-queue an endpoint
 		}
 	}

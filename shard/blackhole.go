@@ -1,0 +1,92 @@
+package shard
+
+import (
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/seqnum"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+)
+
+// gVisor learns the path's MTU from ICMP alone. On a path where such messages
+// are lost, a connection stands still with its first full segment. RFC 4821
+// section 7.7 calls this a full-stop timeout, and has the packets made smaller.
+
+// blackHoleTimeouts is how many timeouts in a row, without an acknowledgement in
+// between, are no accident: about 0.6 s on a near path.
+const blackHoleTimeouts = 2
+
+// Packet sizes in bytes to fall back to, one after the other: what every IPv6
+// link carries (RFC 8200 section 5), and what every IPv4 host takes (RFC 1122
+// section 3.3.3).
+const (
+	blackHoleMTU  = 1280
+	blackHoleMTU4 = 576
+)
+
+// stuck is a connection that waits in vain for an acknowledgement.
+type stuck struct {
+	una      seqnum.Value // what it waits for
+	timeouts uint64       // its count when that began
+}
+
+// lookForBlackHoles is called when a retransmission timer has fired. It makes
+// the segments of connections smaller that have waited for one acknowledgement
+// through several timeouts, with at least one full segment on the way.
+func (g *Group) lookForBlackHoles() {
+	before := g.timeouts
+	if g.timeouts = g.tcp.stats.Timeouts.Value(); g.timeouts == before {
+		return // it was another timer
+	}
+	waiting := make(map[*tcp.Endpoint]stuck)
+	for _, tep := range g.stack.RegisteredEndpoints() {
+		ep, ok := tep.(*tcp.Endpoint)
+		if !ok || !hasSender(ep) {
+			continue
+		}
+		snd := sending(ep)
+		timeouts := ep.Stats().(*tcp.Stats).SendErrors.Timeouts.Value()
+		if timeouts == 0 || int(snd.SndUna.Size(snd.SndNxt)) < snd.MaxPayloadSize {
+			continue
+		}
+		s, known := g.stuck[ep]
+		if !known || s.una != snd.SndUna {
+			// The one that has just fired, or an older one.
+			waiting[ep] = stuck{una: snd.SndUna, timeouts: timeouts - 1}
+			continue
+		}
+		if timeouts-s.timeouts >= blackHoleTimeouts && shrink(ep, snd.MaxPayloadSize) {
+			g.shard.counters.BlackHoles++
+			s.timeouts = timeouts
+		}
+		waiting[ep] = s
+	}
+	g.stuck = waiting
+}
+
+// shrink makes the segments of ep fit the next smaller packet size and sends the
+// first one again. It returns false when they are as small as they get.
+func shrink(ep *tcp.Endpoint, payload int) bool {
+	sizes := []int{blackHoleMTU - header.IPv4MinimumSize, blackHoleMTU4 - header.IPv4MinimumSize}
+	if ep.ID.RemoteAddress.BitLen() == header.IPv6AddressSizeBits {
+		sizes = []int{blackHoleMTU - header.IPv6MinimumSize}
+	}
+	for _, size := range sizes {
+		if payload > size-header.TCPMinimumSize {
+			ep.HandleError(packetTooBig{size: uint32(size)}, nil)
+			return true
+		}
+	}
+	return false
+}
+
+// packetTooBig tells an endpoint what a router would have told it.
+type packetTooBig struct {
+	stack.TransportError
+	size uint32 // bytes of an IP packet's payload that fit
+}
+
+// Kind implements stack.TransportError.
+func (packetTooBig) Kind() stack.TransportErrorKind { return stack.PacketTooBigTransportError }
+
+// Info implements stack.TransportError.
+func (p packetTooBig) Info() uint32 { return p.size }
