@@ -260,3 +260,59 @@ func TestRebalanceLive(t *testing.T) {
 		t.Errorf("the busier shard still gets %.0f %% of the frames after %d moves", 100*after, stats.Moves)
 	}
 }
+
+// BenchmarkMove moves the flow group of a connection that asks and answers all
+// the time back and forth between two shards. stall-µs is how long its frames
+// are kept; ns/op includes the caller's way to the shards and back.
+func BenchmarkMove(b *testing.B) {
+	for _, steering := range []stack.Steering{stack.SteeringKernel, stack.SteeringUser} {
+		b.Run(steering.String(), func(b *testing.B) {
+			n := newSubnet()
+			cfg := n.configure(b, stack.Config{Shards: 2, Steering: steering, Rebalance: stack.RebalanceOff})
+			s, err := stack.New(cfg)
+			if err != nil {
+				b.Skip(err)
+			}
+			defer s.Close()
+			if _, err := s.HandleTCP("tcp", ":"+strconv.Itoa(echoPort), echo{}); err != nil {
+				b.Fatal(err)
+			}
+			c, err := net.Dial("tcp", netip.AddrPortFrom(n.self4, echoPort).String())
+			if err != nil {
+				b.Fatal(err)
+			}
+			at, err := s.Lookup("tcp", netip.AddrPortFrom(n.self4, echoPort), c.LocalAddr().(*net.TCPAddr).AddrPort())
+			if err != nil {
+				b.Fatal(err)
+			}
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				message := make([]byte, 64)
+				for {
+					if _, err := c.Write(message); err != nil {
+						return
+					}
+					if _, err := io.ReadFull(c, message); err != nil {
+						return
+					}
+				}
+			})
+			stall := func() (sum uint64) {
+				for _, s := range s.Stats().Shards {
+					sum += s.MoveStall
+				}
+				return sum
+			}
+			before, shard := stall(), at.Shard
+			for b.Loop() {
+				shard = 1 - shard
+				if err := s.Move(at.Group, shard); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric(float64(stall()-before)/float64(b.N)/1000, "stall-µs")
+			_ = c.Close()
+			wg.Wait()
+		})
+	}
+}

@@ -124,7 +124,7 @@ func (r *rig) forFamilies(t *testing.T, f func(t *testing.T, f family)) {
 }
 
 // configure fills in what makes cfg the configuration of a test.
-func (n subnet) configure(t *testing.T, cfg stack.Config) stack.Config {
+func (n subnet) configure(t testing.TB, cfg stack.Config) stack.Config {
 	cfg.Device = n.device
 	cfg.Addrs = n.prefixes(n.self4, n.self6, cfg.MTU)
 	cfg.HostAddrs = n.prefixes(n.host4, n.host6, cfg.MTU)

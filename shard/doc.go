@@ -11,7 +11,7 @@
 //     (flow.go); for all else the group's gVisor netstack does IP and finds the
 //     endpoint (group.go, link.go)
 //  4. process: TCP of every endpoint that got segments (inline.go)
-//  5. timers: retransmission, keep-alive and the like (clock.go)
+//  5. timers: retransmission, keep-alive and the like (clock.go, blackhole.go)
 //  6. run: tasks from other goroutines (mail.go), then the application: events
 //     of connections and sockets (conn.go, listener.go, udp.go), or blocking
 //     handlers that go on as coroutines (coroutine.go, offload.go)
@@ -29,11 +29,14 @@
 //
 // Limits: receive buffers per shard, connections per shard, frames per ring,
 // accept backlog per listener and group, datagrams per [NetPacketConn], bytes
-// per [NetConn] ring, offloaded functions per shard; each
-// has a counter in [Counters] that says when it was hit, or makes its user wait.
+// per [NetConn] ring, offloaded functions per shard, fragments that wait, frames
+// of a group on its way; each has a counter in [Counters] that says when it was hit, or makes its user wait.
 //
-// What it does not do: open the device or choose the CPUs (packages dispatch
-// and stack), or move a group to another shard.
+// A group moves to another shard as a whole, with what is in it and while its
+// connections are busy (move.go, drain.go).
+//
+// What it does not do: open the device, choose the CPUs, or decide what moves
+// (packages dispatch and stack).
 //
 // This is the only package of the stack that imports gVisor, and
 // inline_unsafe.go the only file that reaches into it.

@@ -130,6 +130,16 @@ var VerificationKey = dispatch.VerificationKey
 // what the hash of a packet looks at beside its addresses.
 type HashTypes = dispatch.HashTypes
 
+// ParseHashTypes makes a set of names as in "IPV4,TCP_IPV4". It refuses the empty
+// set, by which all frames would go to one bucket.
+func ParseHashTypes(s string) (HashTypes, error) {
+	types, err := dispatch.ParseHashTypes(s)
+	if err == nil && types == 0 {
+		err = fmt.Errorf("hash types %q: want at least one of %s", s, HashAll)
+	}
+	return types, err
+}
+
 // The hash types.
 const (
 	HashIPv4    = dispatch.HashIPv4

@@ -21,6 +21,9 @@
 //     [Stack.DialContext] give a net.Listener, net.PacketConn and net.Conn;
 //     [Stack.ListenMulticastUDP] a net.PacketConn in a multicast group.
 //
+// Flow groups move between shards with their live connections: by
+// [Stack.Move], [Stack.SetRETA] and [Stack.Drain], or by load ([Rebalance]).
+//
 // Every connection tells the shard, the CPU and the NUMA node where its
 // segments are processed; see [Where].
 //

@@ -4,6 +4,7 @@ package cli
 
 import (
 	"context"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -50,11 +51,27 @@ func Flags(fs *flag.FlagSet) *Options {
 	fs.IntVar(&o.cfg.MTU, "mtu", o.cfg.MTU, "largest IP packet in `bytes`, 576 to 65521")
 	fs.TextVar(&o.cfg.Rebalance, "rebalance", stack.RebalanceAuto, "`how` flow groups move between shards: auto (even out the load), conserve (use as few shards as carry it) or off")
 	fs.TextVar(&o.cfg.Steering, "steering", stack.SteeringAuto, "`who` picks the queue of a frame: auto, kernel (eBPF) or user")
+	fs.Func("hash-types", "`names` of what the hash looks at, as in TCP_IPV4,IPV4 (default all: "+stack.HashAll.String()+")", func(s string) (err error) {
+		o.cfg.HashTypes, err = stack.ParseHashTypes(s)
+		return err
+	})
+	fs.Func("hash-key", "hash key as 80 `hex` digits (default random)", o.setHashKey)
+	fs.BoolVar(&o.cfg.SymmetricHash, "symmetric", false, "draw a hash key by which both directions of a flow have one hash")
 	fs.DurationVar(&o.cfg.Spin, "spin", o.cfg.Spin, "`time` an idle shard looks for work before it blocks, up to 1s; negative: none")
 	fs.TextVar(&o.cfg.Offload, "offload", stack.OffloadAuto, "`whether` frames may exceed the MTU (GSO) and leave checksums to the other side: auto or off")
 	fs.StringVar(&o.statsJSON, "stats-json", "", "write the counters as JSON to `file` at exit")
 	fs.BoolVar(&o.verbose, "v", false, "log what the stack does, not only what is wrong")
 	return o
+}
+
+func (o *Options) setHashKey(s string) error {
+	b, err := hex.DecodeString(s)
+	if err != nil {
+		return err
+	}
+	key, err := stack.ParseHashKey(b)
+	o.cfg.HashKey = &key
+	return err
 }
 
 func prefixes(list *[]netip.Prefix) func(string) error {
