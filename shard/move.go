@@ -52,7 +52,7 @@ type Mover interface {
 type move struct {
 	g        *Group
 	from, to *Shard
-	done     chan error // buffered
+	done     chan struct{}
 
 	began int64       // when the table was changed
 	left  int64       // when the old owner let go
@@ -86,13 +86,13 @@ func (set *Set) moveLocked(group, to int) error {
 	if from == to {
 		return nil
 	}
-	m := &move{g: set.groups[group], from: set.shards[from], to: set.shards[to], done: make(chan error, 1)}
-	err := ErrDraining
-	if !set.draining[to] {
-		err = ErrClosed
-		if m.from.do(func(s *Shard) { err = s.begin(m) }) && err == nil {
-			err = <-m.done
-		}
+	m := &move{g: set.groups[group], from: set.shards[from], to: set.shards[to], done: make(chan struct{})}
+	err := ErrClosed
+	switch {
+	case set.draining[to]:
+		err = ErrDraining
+	case !set.closing && m.from.do(func(s *Shard) { err = s.begin(m) }) && err == nil:
+		<-m.done
 	}
 	if err != nil {
 		return fmt.Errorf("move flow group %d from shard %d to shard %d: %w", group, from, to, err)
@@ -124,7 +124,9 @@ func (s *Shard) begin(m *move) error {
 	}
 	m.began = s.readClock()
 	if err := s.set.point(m.g.id, m.to); err != nil {
-		return errors.Join(err, s.set.point(m.g.id, s))
+		err = errors.Join(err, s.set.point(m.g.id, s))
+		m.to.post(taskFunc(func(to *Shard) { to.play(m.g) })) // what it has kept comes back
+		return err
 	}
 	s.leavingGroup = m
 	if s.set.cfg.Program != nil {
@@ -211,11 +213,7 @@ func (s *Shard) release(m *move) {
 	}
 	s.counters.GroupsReleased++
 	m.left = s.now
-	if m.to.post(taskFunc(func(to *Shard) { to.adopt(m) })) {
-		return
-	}
-	_ = s.set.point(g.id, s) // the other one has ended, and so will this one soon
-	s.adopt(m)
+	m.to.post(taskFunc(func(to *Shard) { to.adopt(m) })) // Close waits for the move, so it has not ended
 }
 
 // adopt takes a group over. It runs among the tasks of a turn, so what it
@@ -235,29 +233,45 @@ func (s *Shard) adopt(m *move) {
 			h.Move(c)
 		}
 	}
-	switch {
-	case s.deviceGone:
+	if s.deviceGone {
 		g.lose()
-	case s.leaving:
-		g.farewell()
 	}
-	if kept := s.awaited[g.id]; kept != nil {
-		s.awaited[g.id] = nil
-		for _, frames := range [][]handover{kept.forwarded, kept.own} {
-			for _, h := range frames {
-				s.deliver(g, &h)
-				h.view.Release()
-			}
-		}
-		for _, t := range kept.tasks {
-			t.run(s)
-		}
-	}
+	s.play(g)
 	stall := uint64(max(s.readClock()-m.began, 0))
 	s.counters.GroupsAdopted++
 	s.counters.MoveStall += stall
 	s.counters.MoveStallMax = max(s.counters.MoveStallMax, stall)
-	m.done <- nil
+	close(m.done)
+}
+
+// play routes what was kept for a group, now that it has arrived or does not
+// come.
+func (s *Shard) play(g *Group) {
+	kept := s.awaited[g.id]
+	if kept == nil {
+		return
+	}
+	s.awaited[g.id] = nil
+	for _, frames := range [][]handover{kept.forwarded, kept.own} {
+		for _, h := range frames {
+			s.replay(g, &h)
+			h.view.Release()
+		}
+	}
+	for _, t := range kept.tasks {
+		t.run(s)
+	}
+}
+
+// replay routes a frame that was kept for a group. A neighbor frame was kept for
+// this group only, whatever it hashes to.
+func (s *Shard) replay(g *Group, h *handover) {
+	switch {
+	case h.parsed.Class != dispatch.ClassNeighbor:
+		s.route(h, false)
+	case s.owns[g.id]:
+		s.deliver(g, h)
+	}
 }
 
 // awaitedGroup is what a shard keeps for a group that is on its way to it.
@@ -300,26 +314,6 @@ func (s *Shard) passOn(g *Group, t task) bool {
 	kept := s.await(g.id)
 	kept.tasks = append(kept.tasks, t)
 	return true
-}
-
-// abandonMoves ends what is on its way when the shard ends.
-func (s *Shard) abandonMoves() {
-	if m := s.leavingGroup; m != nil {
-		m.done <- ErrClosed
-	}
-	for _, kept := range s.awaited {
-		if kept == nil {
-			continue
-		}
-		for _, h := range slices.Concat(kept.forwarded, kept.own) {
-			h.view.Release()
-		}
-		for _, t := range kept.tasks {
-			if call, ok := t.(*groupCall); ok {
-				call.done <- ErrClosed
-			}
-		}
-	}
 }
 
 // groupCall is a function that runs on the thread that owns a group.

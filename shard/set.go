@@ -78,8 +78,9 @@ type Set struct {
 
 	dials atomic.Uint32 // spreads dials over groups
 
-	moveMu   sync.Mutex // held during a move; guards draining
+	moveMu   sync.Mutex // held during a move; guards what follows
 	draining []bool     // by shard: takes no groups
+	closing  bool       // no more moves
 
 	pools    map[int]*offloadPool // by NUMA node; immutable after New
 	watchdog *watchdog            // nil: off
@@ -276,6 +277,9 @@ func (set *Set) Close() {
 		if set.watchdog != nil {
 			set.watchdog.close()
 		}
+		set.moveMu.Lock() // after the move that is going on
+		set.closing = true
+		set.moveMu.Unlock()
 		for _, s := range set.shards {
 			s.do((*Shard).farewell)
 		}

@@ -172,7 +172,6 @@ func (s *Shard) setup() error {
 func (s *Shard) teardown() {
 	s.leaving = true
 	s.mail.close(s)
-	s.abandonMoves()
 	for co := range s.served {
 		co.stop() // wherever it waits, it learns that this is the end
 	}
