@@ -1,0 +1,5 @@
+//go:build !linux
+
+package numaalloc
+
+func allowedNow() ([]int, error) { return AllowedCPUs() }
