@@ -239,6 +239,9 @@ func (s *Shard) adopt(m *move) {
 	s.play(g)
 	stall := uint64(max(s.readClock()-m.began, 0))
 	s.counters.GroupsAdopted++
+	if m.from.node != s.node {
+		s.counters.GroupsFar++
+	}
 	s.counters.MoveStall += stall
 	s.counters.MoveStallMax = max(s.counters.MoveStallMax, stall)
 	close(m.done)

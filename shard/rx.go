@@ -4,13 +4,18 @@ import (
 	"gvisor.dev/gvisor/pkg/buffer"
 
 	"numastack/dispatch"
+	"numastack/numaalloc"
 )
 
 const (
 	// rxBufferLen holds the largest frame the kernel hands over. That is above
 	// gVisor's 64 KiB limit for pooled chunks, so the chunk is made once and
 	// never recycled by anybody else.
-	rxBufferLen = dispatch.VnetHeaderLen + dispatch.MaxFrameLen
+	// It is a multiple of the page size, so that whole buffers can be bound to
+	// the shard's node.
+	rxBufferLen = (dispatch.VnetHeaderLen + dispatch.MaxFrameLen + pageSize - 1) / pageSize * pageSize
+
+	pageSize = 4096
 
 	// rxCopyLimit is the payload length in bytes up to which a frame is copied
 	// into a view of its size; above it the payload stays in the receive
@@ -34,6 +39,7 @@ type rxBuffer struct {
 //
 // Owned by the shard's thread.
 type rxBuffers struct {
+	arena *numaalloc.Arena // keeps the buffers on the shard's node
 	limit int
 	made  int
 	free  []*rxBuffer // last in, first out
@@ -41,13 +47,17 @@ type rxBuffers struct {
 	spare *rxBuffer   // receives when the limit is reached: its payload is always copied
 }
 
-func newRxBuffers(limit int) rxBuffers {
-	return rxBuffers{limit: limit, spare: newRxBuffer()}
+func newRxBuffers(limit int, arena *numaalloc.Arena) rxBuffers {
+	r := rxBuffers{limit: limit, arena: arena}
+	r.spare = r.newBuffer()
+	return r
 }
 
-func newRxBuffer() *rxBuffer {
+func (r *rxBuffers) newBuffer() *rxBuffer {
 	v := buffer.NewViewSize(rxBufferLen)
-	return &rxBuffer{view: v, bytes: v.AsSlice()}
+	b := &rxBuffer{view: v, bytes: v.AsSlice()}
+	_ = r.arena.Adopt(b.bytes) // what cannot be bound is counted there, and works
+	return b
 }
 
 // take returns a buffer to read into: a free one, a new one, or the spare.
@@ -59,7 +69,7 @@ func (r *rxBuffers) take() *rxBuffer {
 	}
 	if r.made < r.limit {
 		r.made++
-		return newRxBuffer()
+		return r.newBuffer()
 	}
 	return r.spare
 }

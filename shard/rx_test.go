@@ -1,9 +1,13 @@
 package shard
 
-import "testing"
+import (
+	"testing"
+
+	"numastack/numaalloc"
+)
 
 func TestRxBuffers(t *testing.T) {
-	r := newRxBuffers(3)
+	r := newRxBuffers(3, noArena(t))
 	first := r.take()
 	r.give(first)
 	if again := r.take(); again != first {
@@ -47,7 +51,7 @@ func TestRxBuffers(t *testing.T) {
 // A connection that nobody reads must not hide the buffers lent after its own.
 func TestRxSweepPassesStuckBuffers(t *testing.T) {
 	const stuck = 2 * rxSweep
-	r := newRxBuffers(stuck + 1)
+	r := newRxBuffers(stuck+1, noArena(t))
 	all := make([]*rxBuffer, stuck+1)
 	for i := range all {
 		all[i] = r.take()
@@ -66,4 +70,13 @@ func TestRxSweepPassesStuckBuffers(t *testing.T) {
 	if len(r.free) != 1 || r.free[0] != all[stuck] {
 		t.Fatalf("%d buffers free after the sweeps, want the one that came back", len(r.free))
 	}
+}
+
+func noArena(t *testing.T) *numaalloc.Arena {
+	t.Helper()
+	a, err := numaalloc.NewArena(numaalloc.ArenaConfig{Node: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
 }

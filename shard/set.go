@@ -38,6 +38,7 @@ type Config struct {
 	MTU                       int              // bytes of an IP packet
 	GSO                       bool             // the kernel takes TCP super-frames
 	CPUs                      []int            // by shard
+	MemoryNodes               []int            // by shard: where its buffers belong; nil: there is nothing to choose
 	RETA                      *dispatch.RETA   // flow groups and their owners
 	Toeplitz                  *dispatch.Toeplitz
 	Program                   *dispatch.Program // steers in the kernel by RETA and Toeplitz; nil: the shards do

@@ -45,6 +45,7 @@ type Shard struct {
 	ready        []readyTask
 	readyNext    []readyTask
 	tx           *txQueue
+	arena        *numaalloc.Arena // its methods count for themselves
 	rx           rxBuffers
 	wakeList     []*Shard // shards that got a frame in this burst
 	scratch      *scratch
@@ -150,7 +151,19 @@ func (s *Shard) setup() error {
 	// Made here, so that the memory is first touched on the shard's node.
 	s.now = s.readClock()
 	s.earliest = never
-	s.rx = newRxBuffers(s.set.cfg.RxBuffers)
+	memory := -1
+	if s.set.cfg.MemoryNodes != nil {
+		memory = s.set.cfg.MemoryNodes[s.id]
+	}
+	if memory >= 0 && memory != s.node {
+		_ = numaalloc.BindThread(memory) // the CPU's node has no memory; any other is as good
+	}
+	arena, err := numaalloc.NewArena(numaalloc.ArenaConfig{Node: memory})
+	if err != nil {
+		return fmt.Errorf("shard %d: %w", s.id, err)
+	}
+	s.arena = arena
+	s.rx = newRxBuffers(s.set.cfg.RxBuffers, arena)
 	s.tx = newTxQueue(s.queue, &s.counters)
 	s.scratch = new(scratch)
 	s.served = make(map[*ServedConn]struct{})
@@ -189,6 +202,9 @@ func (s *Shard) teardown() {
 			}
 			h.view.Release()
 		}
+	}
+	if s.arena != nil {
+		_ = s.arena.Close() // the heap gets its memory back without a policy
 	}
 }
 
@@ -242,6 +258,10 @@ func (s *Shard) count() Counters {
 				c.DroppedByCause[cause] += n
 			}
 		}
+	}
+	if s.arena != nil {
+		a := s.arena.Stats()
+		c.MemoryNode, c.BytesBound, c.BindFallbacks = s.arena.Node(), uint64(a.BoundBytes), uint64(a.Fallbacks)
 	}
 	c.Buffers = uint64(s.rx.made)
 	c.BuffersLent = uint64(len(s.rx.lent))

@@ -28,6 +28,7 @@ type Counters struct {
 	AcksSuperseded uint64 `json:"acks_superseded"` // pure ACKs that a later segment of the burst made needless
 
 	GroupsAdopted  uint64 `json:"groups_adopted"`    // flow groups that came from other shards
+	GroupsFar      uint64 `json:"groups_far"`        // of those, from another NUMA node, where their memory stays
 	GroupsReleased uint64 `json:"groups_released"`   // flow groups that went to others
 	FramesKept     uint64 `json:"frames_kept"`       // for groups on their way here
 	MoveStall      uint64 `json:"move_stall_ns"`     // time that frames of adopted groups were kept, in all
@@ -48,8 +49,12 @@ type Counters struct {
 
 	DatagramsDropped uint64 `json:"datagrams_dropped"` // UDP, receiver too slow
 
-	Buffers          uint64 `json:"buffers"`           // receive buffers made
-	BuffersLent      uint64 `json:"buffers_lent"`      // of those, held by connections now
+	Buffers       uint64 `json:"buffers"`        // receive buffers made
+	BuffersLent   uint64 `json:"buffers_lent"`   // of those, held by connections now
+	MemoryNode    int    `json:"memory_node"`    // that buffers are bound to; -1: there is nothing to choose
+	BytesBound    uint64 `json:"bytes_bound"`    // of receive buffers, to that node
+	BindFallbacks uint64 `json:"bind_fallbacks"` // buffers that could not be bound; they lie where they were touched first
+
 	BuffersExhausted uint64 `json:"buffers_exhausted"` // large frames copied because no buffer was free
 
 	Groups []GroupCounters `json:"groups"` // flow groups that the shard owns now

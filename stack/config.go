@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"numastack/dispatch"
-	"numastack/numaalloc"
 )
 
 // Defaults and limits of Config.
@@ -185,15 +184,31 @@ type Config struct {
 	// Groups is the number of flow groups, Shards to 128. Default 32, and at
 	// least 4 per shard where 128 allow it.
 	Groups int
+
+	// Profile says how shards are spread over NUMA nodes and CPUs, by the names
+	// and the meaning of Windows' RSS profiles. Default ProfileClosest.
+	Profile Profile
 	// CPUs are the CPUs that the shards' threads are pinned to, in order; with
-	// fewer CPUs than shards they are used round robin. Default: the CPUs that
-	// the process may use.
+	// fewer CPUs than shards they are used round robin. Default: the profile
+	// chooses among those that the process may use.
 	CPUs []int
+	// BaseCPU and MaxCPU are the lowest and the highest CPU that the profile may
+	// choose. Default: all.
+	BaseCPU, MaxCPU int
+	// Nodes are the only NUMA nodes that the profile may choose. Default: all.
+	Nodes []int
+	// CloseTo is the network device whose NUMA node is the closest one: that of
+	// the card the frames come through. Default: the node with most CPUs.
+	CloseTo string
+	// MeasureCosts has New measure what memory of each node costs each node's
+	// CPUs, once per process and topology: about 0.3 s per pair of nodes, at
+	// full load. Else Costs goes by the distances that the firmware tells.
+	MeasureCosts bool
 
 	// Steering says who picks the queue of a frame. Default SteeringAuto.
 	Steering Steering
 	// Rebalance says what moves flow groups, with their live connections,
-	// between shards. Default RebalanceAuto.
+	// between shards. Default RebalanceAuto: what Profile asks for.
 	Rebalance Rebalance
 	// Offload says whether frames may be larger than the MTU. Default
 	// OffloadAuto.
@@ -274,7 +289,7 @@ func (cfg Config) withDefaults() (Config, error) {
 	if err := cfg.validate(); err != nil {
 		return cfg, err
 	}
-	return cfg, cfg.placeCPUs()
+	return cfg, nil
 }
 
 func setDefault[T comparable](field *T, value T) {
@@ -320,6 +335,8 @@ func (cfg *Config) validate() error {
 	switch {
 	case cfg.Spin > maxSpin:
 		return badField("Spin", cfg.Spin, "at most "+maxSpin.String())
+	case cfg.HashKey != nil && cfg.HashKey.Check() != nil:
+		return fmt.Errorf("HashKey: %w", cfg.HashKey.Check())
 	case cfg.HashKey != nil && cfg.SymmetricHash:
 		return badField("SymmetricHash", cfg.SymmetricHash, "false with a HashKey, which is symmetric or not by itself")
 	case cfg.HashTypes&^HashAll != 0:
@@ -385,28 +402,4 @@ func broadcast(p netip.Prefix) netip.Addr {
 		b[i/8] |= 1 << (7 - i%8)
 	}
 	return netip.AddrFrom4(b)
-}
-
-// placeCPUs gives every shard a CPU that the process may run on.
-func (cfg *Config) placeCPUs() error {
-	if len(cfg.CPUs) == 0 {
-		cpus, err := numaalloc.Spread(cfg.Shards)
-		cfg.CPUs = cpus
-		return err
-	}
-	allowed, err := numaalloc.AllowedCPUs()
-	if err != nil {
-		return err
-	}
-	for _, cpu := range cfg.CPUs {
-		if !slices.Contains(allowed, cpu) {
-			return badField("CPUs", cpu, "CPUs that this process may use: "+numaalloc.FormatCPUList(allowed))
-		}
-	}
-	cpus := make([]int, cfg.Shards)
-	for i := range cpus {
-		cpus[i] = cfg.CPUs[i%len(cfg.CPUs)]
-	}
-	cfg.CPUs = cpus
-	return nil
 }

@@ -20,8 +20,11 @@ func TestConfigDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if cfg.Device != DefaultDevice || cfg.MTU != DefaultMTU || cfg.Spin != DefaultSpin || cfg.Groups != 32 || len(cfg.CPUs) != 2 {
+	if cfg.Device != DefaultDevice || cfg.MTU != DefaultMTU || cfg.Spin != DefaultSpin || cfg.Groups != 32 {
 		t.Errorf("defaults are %+v", cfg)
+	}
+	if plan, err := Plan(cfg); err != nil || len(plan.Shards) != 2 {
+		t.Errorf("plan of two shards: %v, %v", plan, err)
 	}
 	for shards, groups := range map[int]int{1: 32, 8: 32, 9: 36, 32: 128, 40: 128, 128: 128} {
 		cfg, err := Config{Addrs: prefixes("10.0.0.2/24"), Shards: shards}.withDefaults()
@@ -61,6 +64,13 @@ func TestConfigErrors(t *testing.T) {
 		{"Steering", "kernel", func(c *Config) { c.Steering = 9 }},
 		{"Offload", "off", func(c *Config) { c.Offload = 9 }},
 		{"CPUs", "may use", func(c *Config) { c.CPUs = []int{0, 99999} }},
+		{"Profile", "Closest", func(c *Config) { c.Profile = 77 }},
+		{"BaseCPU, MaxCPU", "", func(c *Config) { c.BaseCPU = 99999 }},
+		{"Nodes", "", func(c *Config) { c.Nodes = []int{77} }},
+		{"Rebalance", "conserve", func(c *Config) { c.Rebalance = 9 }},
+		{"HashTypes", "TCP_IPV4", func(c *Config) { c.HashTypes = 0x80 }},
+		{"HashKey", "all bytes are 0", func(c *Config) { c.HashKey = new(HashKey) }},
+		{"SymmetricHash", "false", func(c *Config) { c.HashKey, c.SymmetricHash = &VerificationKey, true }},
 		{"Addrs", "at least one", func(c *Config) { c.Addrs = nil }},
 		{"Addrs", "such as", func(c *Config) { c.Addrs = []netip.Prefix{{}} }},
 		{"Addrs", "unicast", func(c *Config) { c.Addrs = prefixes("224.0.0.1/24") }},
@@ -76,8 +86,8 @@ func TestConfigErrors(t *testing.T) {
 	} {
 		cfg := valid
 		test.spoil(&cfg)
-		_, err := cfg.withDefaults()
-		if err == nil || !strings.HasPrefix(err.Error(), test.field+": ") || !strings.Contains(err.Error(), test.want) {
+		_, err := Plan(cfg)
+		if err == nil || !strings.HasPrefix(err.Error(), "stack config: "+test.field+": ") || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("error %v, want one that begins with %q and contains %q", err, test.field, test.want)
 		}
 	}

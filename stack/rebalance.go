@@ -18,7 +18,8 @@ type Rebalance int
 
 // The ways of rebalancing.
 const (
-	// RebalanceAuto moves the fewest flow groups that even out the load.
+	// RebalanceAuto moves the fewest flow groups that even out the load, unless
+	// the profile asks for something else.
 	RebalanceAuto Rebalance = iota
 	// RebalanceOff moves none; Move and SetRETA still do.
 	RebalanceOff

@@ -210,6 +210,28 @@ func TestRebalanceOffMovesNothing(t *testing.T) {
 	}
 }
 
+// TestProfileRebalances: a profile says what RebalanceAuto means; what the user
+// asks for wins.
+func TestProfileRebalances(t *testing.T) {
+	for _, test := range []struct {
+		profile   Profile
+		rebalance Rebalance
+		want      Rebalance
+	}{
+		{ProfileClosest, RebalanceAuto, RebalanceAuto},
+		{ProfileNUMA, RebalanceAuto, RebalanceAuto},
+		{ProfileClosestStatic, RebalanceAuto, RebalanceOff},
+		{ProfileNUMAStatic, RebalanceAuto, RebalanceOff},
+		{ProfileConservative, RebalanceAuto, RebalanceConserve},
+		{ProfileNUMAStatic, RebalanceConserve, RebalanceConserve},
+		{ProfileConservative, RebalanceOff, RebalanceOff},
+	} {
+		if got := (&Config{Profile: test.profile, Rebalance: test.rebalance}).rebalance(); got != test.want {
+			t.Errorf("profile %v with rebalance %v: %v, want %v", test.profile, test.rebalance, got, test.want)
+		}
+	}
+}
+
 func TestRebalanceConserve(t *testing.T) {
 	m := newModel([]int{0, 0, 0}, repeat(0.02, 6)...)
 	copy(m.owner, []int{0, 1, 2, 0, 1, 2})

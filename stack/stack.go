@@ -19,6 +19,8 @@ type Stack struct {
 	marker   *dispatch.Marker  // nil with user-space steering, or without the right to have one
 	set      *shard.Set
 	balance  *rebalancer // nil with one shard
+	plan     *Placement
+	costs    *Costs
 	steering Steering
 }
 
@@ -29,11 +31,23 @@ func New(cfg Config) (_ *Stack, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("stack config: %w", err)
 	}
+	topology, plan, err := cfg.place()
+	if err != nil {
+		return nil, err
+	}
+	cfg.CPUs = plan.CPUs()
+	for _, warning := range plan.Warnings {
+		cfg.Logger.Warn("placement", "warning", warning)
+	}
 	toeplitz, err := cfg.toeplitz()
 	if err != nil {
 		return nil, fmt.Errorf("stack config: %w", err)
 	}
-	s := &Stack{cfg: cfg}
+	costs, err := cfg.costs(topology)
+	if err != nil {
+		return nil, err
+	}
+	s := &Stack{cfg: cfg, plan: plan, costs: costs}
 	defer func() {
 		if err != nil {
 			_ = s.release() // the first error is the one to tell
@@ -70,6 +84,7 @@ func New(cfg Config) (_ *Stack, err error) {
 		MTU:            cfg.MTU,
 		GSO:            cfg.Offload == OffloadAuto,
 		CPUs:           cfg.CPUs,
+		MemoryNodes:    memoryNodes(topology, plan),
 		RETA:           reta,
 		Toeplitz:       toeplitz,
 		Program:        s.program,
@@ -90,12 +105,15 @@ func New(cfg Config) (_ *Stack, err error) {
 		return nil, err
 	}
 	if cfg.Shards > 1 {
-		s.balance = startRebalancer(cfg.Rebalance, s.set, cfg.Logger)
+		s.balance = startRebalancer(cfg.rebalance(), s.set, cfg.Logger)
 	}
 	cfg.Logger.Info("stack is up",
 		"device", cfg.Device, "mtu", cfg.MTU, "offloads", s.device.Offloads().String(),
 		"addrs", cfg.Addrs, "shards", cfg.Shards, "groups", cfg.Groups, "cpus", cfg.CPUs,
-		"steering", s.steering.String(), "rebalance", cfg.Rebalance.String())
+		"steering", s.steering.String(), "profile", cfg.Profile.String(), "rebalance", cfg.rebalance().String())
+	if err := s.set.FirstTouch(); err != nil {
+		cfg.Logger.Info("buffers lie where they are touched first", "error", err)
+	}
 	if runtime.GOMAXPROCS(0) <= cfg.Shards {
 		cfg.Logger.Warn("GOMAXPROCS should exceed the number of shards, or other goroutines wait behind them",
 			"gomaxprocs", runtime.GOMAXPROCS(0), "shards", cfg.Shards)
@@ -110,7 +128,6 @@ func (cfg *Config) toeplitz() (*dispatch.Toeplitz, error) {
 	switch {
 	case cfg.HashKey != nil:
 		key = *cfg.HashKey
-		err = key.Check()
 	case cfg.SymmetricHash:
 		key, err = dispatch.NewSymmetricKey()
 	default:

@@ -29,6 +29,7 @@ type Options struct {
 	cfg       stack.Config
 	statsJSON string
 	verbose   bool
+	plan      bool
 }
 
 // Flags registers the common flags.
@@ -48,6 +49,8 @@ func Flags(fs *flag.FlagSet) *Options {
 	fs.IntVar(&o.cfg.Shards, "shards", o.cfg.Shards, "`number` of shards (threads), 1 to 128")
 	fs.IntVar(&o.cfg.Groups, "groups", 0, "`number` of flow groups, from the number of shards to 128; 0: choose")
 	fs.Func("cpus", "CPU `list` for the shards, as in 0,2-3 (default the allowed ones in order)", o.setCPUs)
+	fs.TextVar(&o.cfg.Profile, "profile", stack.ProfileClosest, "`name` of how shards spread over NUMA nodes: Closest, ClosestStatic, NUMA, NUMAStatic or Conservative")
+	fs.BoolVar(&o.plan, "plan", false, "print where the shards would be, and exit")
 	fs.IntVar(&o.cfg.MTU, "mtu", o.cfg.MTU, "largest IP packet in `bytes`, 576 to 65521")
 	fs.TextVar(&o.cfg.Rebalance, "rebalance", stack.RebalanceAuto, "`how` flow groups move between shards: auto (even out the load), conserve (use as few shards as carry it) or off")
 	fs.TextVar(&o.cfg.Steering, "steering", stack.SteeringAuto, "`who` picks the queue of a frame: auto, kernel (eBPF) or user")
@@ -141,6 +144,16 @@ func (o *Options) Open(logger *slog.Logger) (*stack.Stack, error) {
 	// fast.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(400)
+	}
+	if o.plan {
+		plan, err := stack.Plan(cfg)
+		if err == nil {
+			_, err = plan.WriteTo(os.Stdout)
+		}
+		if err != nil {
+			return nil, err
+		}
+		os.Exit(0)
 	}
 	return stack.New(cfg)
 }
