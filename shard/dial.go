@@ -202,7 +202,7 @@ func (g *Group) dial(local netip.Addr, ports []uint16, reuse bool, remote netip.
 	if s.over() {
 		return nil, ErrClosed
 	}
-	if s.counters.ConnsOpen >= uint64(s.set.cfg.MaxConns) {
+	if s.full() {
 		s.counters.ConnsRefused++
 		return nil, syscall.ENOBUFS
 	}

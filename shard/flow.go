@@ -108,7 +108,7 @@ func (g *Group) deliverSegment(c *Conn, p *dispatch.Parsed, frame []byte, pkt *s
 		f.touched = true
 		f.next = receiving(c.ep).RcvNxt
 		if sending(c.ep).MaxSentAck == f.next {
-			f.waiting = 0
+			f.waiting, f.ackAt = 0, 0
 		}
 		g.tcp.touchedConns = append(g.tcp.touchedConns, c)
 		g.activate()
@@ -135,7 +135,7 @@ func (p *inlineTCP) runConn(c *Conn) {
 	f := &c.flow
 	f.touched = false
 	acked := &sending(c.ep).MaxSentAck
-	if f.next == *acked {
+	if f.next == *acked || receiving(c.ep).PendingBufUsed > 0 { // all or part of a gap is filled
 		p.run(c.ep)
 		return
 	}
@@ -185,7 +185,9 @@ func (s *Shard) acknowledge() {
 			f.quick = max(f.quick, 1) - 1
 			c.ack()
 		default:
-			f.ackAt = s.now + int64(ackDelay)
+			if f.ackAt == 0 { // the first that waits
+				f.ackAt = s.now + int64(ackDelay)
+			}
 			if !f.delayed {
 				f.delayed = true
 				s.delayed.push(delayedAck{c, f.ackAt})
@@ -202,7 +204,7 @@ func (s *Shard) delayedAcks() (sent int) {
 		c := s.delayed.pop().c
 		f := &c.flow
 		switch {
-		case c.unacknowledged() == 0:
+		case c.unacknowledged() == 0, f.ackAt == 0: // answered; what came in this turn is acknowledge's
 			f.delayed = false
 		case f.ackAt > s.now: // that one was answered, and another is waiting
 			s.delayed.push(delayedAck{c, f.ackAt})
@@ -241,7 +243,7 @@ type delayedAckQueue struct {
 }
 
 func (q *delayedAckQueue) push(d delayedAck) {
-	if q.first > 0 && len(q.all) == cap(q.all) {
+	if q.first > len(q.all)/2 && len(q.all) == cap(q.all) {
 		n := copy(q.all, q.all[q.first:])
 		clear(q.all[n:])
 		q.first, q.all = 0, q.all[:n]

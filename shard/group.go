@@ -89,15 +89,15 @@ func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
 		HandleLocal: true,
 		NetworkProtocols: []stack.NetworkProtocolFactory{
 			// One group tells switches and routers what all of them have joined.
-			ipv4.NewProtocolWithOptions(ipv4.Options{IGMP: ipv4.IGMPOptions{Enabled: id == answerer}}),
+			g.errorsAtHome(ipv4.NewProtocolWithOptions(ipv4.Options{IGMP: ipv4.IGMPOptions{Enabled: id == answerer}})),
 			// The addresses are given, not negotiated: no duplicate address
 			// detection (it would trip over the other groups), no router
 			// advertisements, no link-local address.
-			ipv6.NewProtocolWithOptions(ipv6.Options{
+			g.errorsAtHome(ipv6.NewProtocolWithOptions(ipv6.Options{
 				NDPConfigs: ipv6.NDPConfigurations{HandleRAs: ipv6.HandlingRAsDisabled},
 				DADConfigs: stack.DADConfigurations{DupAddrDetectTransmits: 0},
 				MLD:        ipv6.MLDOptions{Enabled: id == answerer},
-			}),
+			})),
 			arp.NewProtocol,
 		},
 		TransportProtocols: []stack.TransportProtocolFactory{
@@ -135,6 +135,38 @@ func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
 	}
 	g.stack.SetRouteTable(routes)
 	return g, nil
+}
+
+// errorsAtHome makes a network protocol tell endpoints their errors on the
+// owner's thread. gVisor gives up the oldest of more than 64 neighbors it waits
+// for in a goroutine of its own (packetsPendingLinkResolution.enqueue).
+func (g *Group) errorsAtHome(f stack.NetworkProtocolFactory) stack.NetworkProtocolFactory {
+	return func(s *stack.Stack) stack.NetworkProtocol { return homeProtocol{f(s), g} }
+}
+
+type homeProtocol struct {
+	stack.NetworkProtocol
+	g *Group
+}
+
+// NewEndpoint implements stack.NetworkProtocol.
+func (p homeProtocol) NewEndpoint(nic stack.NetworkInterface, d stack.TransportDispatcher) stack.NetworkEndpoint {
+	return p.NetworkProtocol.NewEndpoint(nic, homeDispatcher{d.(stack.TransportDispatcherWithDefaultHandlerResult), p.g})
+}
+
+type homeDispatcher struct {
+	stack.TransportDispatcherWithDefaultHandlerResult
+	g *Group
+}
+
+// DeliverTransportError implements stack.TransportDispatcher.
+func (d homeDispatcher) DeliverTransportError(local, remote tcpip.Address, network tcpip.NetworkProtocolNumber, transport tcpip.TransportProtocolNumber, err stack.TransportError, pkt *stack.PacketBuffer) {
+	pkt.IncRef()
+	_, _ = d.g.post(func(*Group) error {
+		d.TransportDispatcherWithDefaultHandlerResult.DeliverTransportError(local, remote, network, transport, err, pkt)
+		pkt.DecRef()
+		return nil
+	})
 }
 
 // maxAutoBuffer is the size in bytes up to which gVisor may grow the buffers of

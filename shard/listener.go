@@ -204,7 +204,7 @@ func (p *listenerPart) serve(s *Shard) {
 		if err != nil {
 			return // nothing waits
 		}
-		if s.counters.ConnsOpen >= uint64(s.set.cfg.MaxConns) {
+		if s.full() {
 			s.counters.ConnsRefused++
 			ep.Abort()
 			continue

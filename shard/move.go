@@ -339,9 +339,15 @@ func (t *groupCall) run(s *Shard) {
 // do runs f on the thread that owns the group, waits for it and returns its
 // error, or ErrClosed when that has ended.
 func (g *Group) do(f func(g *Group) error) error {
-	t := &groupCall{g: g, f: f, done: make(chan error, 1)}
-	if !g.set.shards[g.set.reta.Owner(g.id)].post(t) {
+	t, ok := g.post(f)
+	if !ok {
 		return ErrClosed
 	}
 	return <-t.done
+}
+
+// post is do without the wait.
+func (g *Group) post(f func(g *Group) error) (*groupCall, bool) {
+	t := &groupCall{g: g, f: f, done: make(chan error, 1)}
+	return t, g.set.shards[g.set.reta.Owner(g.id)].post(t)
 }

@@ -146,8 +146,9 @@ func (o *packetOut) run(s *Shard) {
 
 // run implements task: the datagram is sent by the shard that has the socket now.
 func (d *datagram) run(s *Shard) {
-	if !s.owns[d.from.g.id] {
-		if !s.passOn(d.from.g, d) {
+	if g := d.from.g; !s.owns[g.id] {
+		if kept := s.awaited[g.id]; kept != nil && len(kept.tasks) >= maxAwaited || !s.passOn(g, d) {
+			s.counters.DatagramsDropped++
 			d.release()
 		}
 		return

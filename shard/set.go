@@ -358,6 +358,14 @@ func (s *Shard) depart() {
 	}
 }
 
+// full reports whether the shard has as many connections as its flow groups may
+// have.
+func (s *Shard) full() bool {
+	groups := len(s.set.groups)
+	limit := (s.set.cfg.MaxConns*len(s.set.shards)*len(s.groups) + groups - 1) / groups
+	return s.counters.ConnsOpen >= uint64(limit)
+}
+
 // over reports whether nothing new may begin on the shard.
 func (s *Shard) over() bool { return s.leaving || s.deviceGone }
 

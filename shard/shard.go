@@ -237,7 +237,7 @@ func (g *Group) newWeight() uint64 {
 func (s *Shard) count() Counters {
 	s.settle()
 	c := s.counters
-	c.Shard, c.CPU, c.Node = s.id, s.cpu, s.node
+	c.Shard, c.CPU, c.Node, c.At = s.id, s.cpu, s.node, uint64(s.turnBegan)
 	c.DroppedByCause = make(map[string]uint64)
 	for i, n := range s.dropped {
 		if n > 0 {

@@ -7,6 +7,8 @@ type Counters struct {
 	CPU   int `json:"cpu"`
 	Node  int `json:"node"` // NUMA node of CPU
 
+	At uint64 `json:"at_ns"` // when the copy was made, since the stack started
+
 	RxFrames uint64 `json:"rx_frames"` // read from the shard's TAP queue
 	RxBytes  uint64 `json:"rx_bytes"`  // the same, from the Ethernet header on
 	TxFrames uint64 `json:"tx_frames"` // written; a GSO frame counts once

@@ -122,14 +122,12 @@ func startRebalancer(mode Rebalance, set shards, log *slog.Logger) *rebalancer {
 		defer close(r.stopped)
 		tick := time.NewTicker(rebalanceEvery)
 		defer tick.Stop()
-		last := time.Now()
 		for {
 			select {
 			case <-r.stop:
 				return
-			case now := <-tick.C:
-				r.look(now.Sub(last))
-				last = now
+			case <-tick.C:
+				r.look()
 			}
 		}
 	}()
@@ -157,10 +155,10 @@ func (r *rebalancer) stats() RebalanceStats {
 	}
 }
 
-// look compares the counters with those of elapsed ago and acts.
-func (r *rebalancer) look(elapsed time.Duration) {
+// look compares the counters with those of the last time and acts.
+func (r *rebalancer) look() {
 	now := r.set.Stats()
-	loads := loadsBetween(r.before, now, elapsed)
+	loads := loadsBetween(r.before, now)
 	r.before = now
 	for i, draining := range r.set.Draining() {
 		loads[i].closed = draining
@@ -195,11 +193,12 @@ type groupLoad struct {
 }
 
 // loadsBetween returns the loads of the shards with the groups they have now.
-func loadsBetween(before, now []shard.Counters, elapsed time.Duration) []shardLoad {
-	earlier := make(map[int]uint64) // busy time by group
+func loadsBetween(before, now []shard.Counters) []shardLoad {
+	type point struct{ at, busy uint64 }
+	earlier := make(map[int]point) // by group
 	for _, c := range before {
 		for _, g := range c.Groups {
-			earlier[g.Group] = g.Busy
+			earlier[g.Group] = point{c.At, g.Busy}
 		}
 	}
 	loads := make([]shardLoad, len(now))
@@ -207,8 +206,8 @@ func loadsBetween(before, now []shard.Counters, elapsed time.Duration) []shardLo
 		loads[i] = shardLoad{id: c.Shard, cpu: c.CPU, node: c.Node}
 		for _, g := range c.Groups {
 			busy := 0.0
-			if was, known := earlier[g.Group]; known {
-				busy = float64(g.Busy-was) / float64(elapsed)
+			if was, known := earlier[g.Group]; known && c.At > was.at {
+				busy = float64(g.Busy-was.busy) / float64(c.At-was.at)
 			}
 			loads[i].busy += busy
 			loads[i].groups = append(loads[i].groups, groupLoad{id: g.Group, busy: busy, stays: g.Served > 0})

@@ -23,6 +23,7 @@ type model struct {
 	busy     []uint64 // by group
 	moved    []string
 	pinned   []int
+	now      time.Duration
 }
 
 func newModel(nodes []int, load ...float64) *model {
@@ -34,6 +35,7 @@ func newModel(nodes []int, load ...float64) *model {
 }
 
 func (m *model) pass(d time.Duration) {
+	m.now += d
 	for id := range m.nodes {
 		total := m.demand(id)
 		for g, owner := range m.owner {
@@ -57,7 +59,7 @@ func (m *model) demand(id int) (total float64) {
 func (m *model) Stats() []shard.Counters {
 	all := make([]shard.Counters, len(m.nodes))
 	for id, node := range m.nodes {
-		all[id] = shard.Counters{Shard: id, CPU: 10 + id, Node: node}
+		all[id] = shard.Counters{Shard: id, CPU: 10 + id, Node: node, At: uint64(m.now)}
 		for g, owner := range m.owner {
 			if owner == id {
 				served := 0
@@ -98,7 +100,7 @@ func (m *model) Repin(id int) error  { m.pinned = append(m.pinned, id); return n
 func (m *model) watch(r *rebalancer, n int) {
 	for range n {
 		m.pass(rebalanceEvery)
-		r.look(rebalanceEvery)
+		r.look()
 	}
 }
 
