@@ -30,6 +30,28 @@ func portsInto(g *Group, local netip.Addr, remote netip.AddrPort, n int) (ports 
 }
 
 // withGroups gives a stack of one shard n flow groups.
+// TestManyDeadNeighbors: gVisor waits for 64 of them at a time, and gives up the
+// oldest in a goroutine of its own. Each dial learns that nobody is there.
+func TestManyDeadNeighbors(t *testing.T) {
+	a, _ := startPair(t, withGroups(t, 1))
+	const dials = 100
+	errs := make(chan error, dials)
+	for i := range dials {
+		remote := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 1, 0, byte(20 + i)}), 7)
+		go func() {
+			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+			defer cancel()
+			_, err := a.DialNet(ctx, netip.AddrPort{}, remote)
+			errs <- err
+		}()
+	}
+	for range dials {
+		if err := <-errs; !errors.Is(err, syscall.EHOSTUNREACH) {
+			t.Errorf("dial to nobody: %v, want EHOSTUNREACH", err)
+		}
+	}
+}
+
 func withGroups(t testing.TB, n int) func(*Config) {
 	return func(cfg *Config) {
 		var err error

@@ -59,6 +59,40 @@ func TestDrainAndResume(t *testing.T) {
 	}
 }
 
+// TestDrainKeepsTheLimit: the connections that a stack may have move with the
+// groups.
+func TestDrainKeepsTheLimit(t *testing.T) {
+	a, b := startWide(t, 2, 4)
+	for _, s := range b.shards {
+		s.do(func(s *Shard) { s.set.cfg.MaxConns = 5 }) // per shard, so ten
+	}
+	if err := b.Drain(1); err != nil {
+		t.Fatal(err)
+	}
+	l, err := b.ListenNet([]netip.Addr{addrB}, 0, 16)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	remote := l.Addr().(*net.TCPAddr).AddrPort()
+	for range 10 {
+		c, err := a.DialNet(t.Context(), netip.AddrPort{}, remote)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	eventually(t, "ten connections", func() bool { c, _ := sum(b); return c.ConnsOpen == 10 })
+	if refused := b.Stats()[0].ConnsRefused; refused != 0 {
+		t.Errorf("%d connections refused below the limit", refused)
+	}
+	c, err := a.DialNet(t.Context(), netip.AddrPort{}, remote)
+	if err == nil {
+		defer c.Close()
+	}
+	eventually(t, "refusal beyond the limit", func() bool { return b.Stats()[0].ConnsRefused == 1 })
+}
+
 // TestDrainLeavesHandlers: what cannot leave stays and is named.
 func TestDrainLeavesHandlers(t *testing.T) {
 	a, b := startWide(t, 2, 4)

@@ -131,6 +131,10 @@ func (g *Group) deliverSegment(c *Conn, p *dispatch.Parsed, frame []byte, pkt *s
 // it later in the turn. When anything else has arrived, a segment behind a gap,
 // one that fills it, a FIN, gVisor finds that this is not all, and acknowledges
 // at once as RFC 5681 wants it.
+//
+// One thing differs from RFC 7323 section 4.3: the time stamp that is echoed is
+// that of the last segment, also when an earlier one waits for its
+// acknowledgement, so the peer does not count our delay into its round trip time.
 func (p *inlineTCP) runConn(c *Conn) {
 	f := &c.flow
 	f.touched = false

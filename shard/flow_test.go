@@ -227,6 +227,28 @@ func TestAcknowledgements(t *testing.T) {
 	r.send(&layers.TCP{ACK: true}, ^uint32(2), "def")
 	r.want("a segment that was there before", 1, r.seq)
 
+	// Also the one that fills part of a gap.
+	r.send(&layers.TCP{ACK: true}, 6, "ghi")
+	r.want("a segment behind a wide gap", 1, r.seq)
+	r.data("abc")
+	r.want("a segment that fills part of it", 1, r.seq)
+	r.data("def")
+	r.seq += 3
+	r.want("the segment that fills the rest", 1, r.seq)
+
+	// A pure ACK of the peer does not make it wait longer.
+	r.data("wait")
+	r.want("a segment", 0, 0)
+	r.later(ackDelay / 2)
+	r.send(&layers.TCP{ACK: true}, 0, "")
+	r.want("a pure ACK meanwhile", 0, 0)
+	r.later(ackDelay / 2)
+	r.want("after the delay", 1, r.seq)
+	for range quickAcks {
+		r.data("more")
+		r.want("a segment after a delay in vain", 1, r.seq)
+	}
+
 	// An answer carries the acknowledgement, also one that waited.
 	var answer string
 	r.h.data = func(c *Conn, p []byte) int {

@@ -232,8 +232,9 @@ type Config struct {
 	// Backlog is how many connections per listener and flow group may wait for
 	// the application. Default 1024.
 	Backlog int
-	// MaxConns is how many connections may exist, spread evenly over the
-	// shards; further ones are reset and counted. Default 1,048,576.
+	// MaxConns is how many connections may exist, spread evenly over the flow
+	// groups; a shard resets and counts what is more than its groups' part.
+	// Default 1,048,576.
 	MaxConns int
 	// SendBuffer is how many bytes a TCP connection takes from Write before the
 	// peer has acknowledged them, and ReceiveBuffer how many it holds, overhead
