@@ -373,6 +373,17 @@ func TestMoveBounds(t *testing.T) {
 	if c.FramesKept != maxAwaited || c.DroppedByCause["moving"] < 5 { // and the peer's reports
 		t.Errorf("%d frames kept, dropped %v; want %d and at least 5 for moving", c.FramesKept, c.DroppedByCause, maxAwaited)
 	}
+	to.do(func(s *Shard) {
+		from := &Socket{g: b.groups[group], closed: true}
+		for range maxAwaited + 3 {
+			d := newDatagram([]byte("x"), netip.AddrPort{})
+			d.from = from
+			d.run(s)
+		}
+		if n := len(s.awaited[group].tasks); n != maxAwaited || s.counters.DatagramsDropped != 3 {
+			t.Errorf("%d datagrams kept, %d dropped; want %d, 3", n, s.counters.DatagramsDropped, maxAwaited)
+		}
+	})
 	b.reta.SetOwner(group, 0) // it does not come, as when the kernel refuses
 	to.do(func(s *Shard) { s.play(b.groups[group]) })
 	eventually(t, "return of the frames", func() bool {
