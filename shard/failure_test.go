@@ -458,7 +458,7 @@ func TestManySmallWrites(t *testing.T) {
 func TestTCPFragments(t *testing.T) {
 	_, b := steppedPair(t)
 	r := newRawPeer(t, b)
-	want := ""
+	var want strings.Builder
 	for i, order := range [][]int{{0, 1, 2}, {2, 1, 0}, {1, 0, 2}} {
 		payload := strings.Repeat(string(rune('a'+i)), 1200)
 		tcp := &layers.TCP{SrcPort: rawPort, DstPort: 7, ACK: true, PSH: true, Seq: r.seq, Ack: r.ack, Window: 65535}
@@ -483,10 +483,10 @@ func TestTCPFragments(t *testing.T) {
 			inject(t, b, dispatch.VnetHeader{}, ethernetTo(b), ip, gopacket.Payload(segment[part*size:end]))
 		}
 		r.seq += uint32(len(payload))
-		want += payload
+		want.WriteString(payload)
 		settle(t, b)
-		if r.got != want {
-			t.Errorf("order %v: received %d bytes in all, want %d", order, len(r.got), len(want))
+		if r.got != want.String() {
+			t.Errorf("order %v: received %d bytes in all, want %d", order, len(r.got), len(want.String()))
 		}
 	}
 	if c := b.count(); c.FragmentsHeld != 3 || c.Dropped != 0 {
