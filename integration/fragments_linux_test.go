@@ -251,7 +251,7 @@ func (l *link) self(a netip.Addr) netip.Addr {
 
 // TestFragmentedSegments sends TCP segments in fragments, the first one last.
 func TestFragmentedSegments(t *testing.T) {
-	const ports = 16
+	const ports = 8
 	forSteerings(t, func(t *testing.T, l *link) {
 		l.forFamilies(t, func(t *testing.T, f family) {
 			for _, h := range l.known(t, f, 2) {

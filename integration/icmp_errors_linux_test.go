@@ -21,7 +21,7 @@ import (
 // the same: a connected UDP port and a TCP connection that is being opened learn
 // that they were refused, one that is open goes on (RFC 1122 section 4.2.3.9).
 func TestPortUnreachable(t *testing.T) {
-	const flows = 12
+	const flows = 6
 	forSteerings(t, func(t *testing.T, l *link) {
 		l.forFamilies(t, func(t *testing.T, f family) {
 			hosts := l.known(t, f, 2)

@@ -37,9 +37,18 @@ type link struct {
 
 const linkGroups = 32
 
-// forSteerings runs f on a link with either way of steering.
+// forSteerings runs f on a link with either way of steering, or with -short
+// without help of the kernel, where shards have more to do with each other.
 func forSteerings(t *testing.T, f func(t *testing.T, l *link)) {
-	for _, steering := range []stack.Steering{stack.SteeringKernel, stack.SteeringUser} {
+	ways := []stack.Steering{stack.SteeringUser, stack.SteeringKernel}
+	if testing.Short() {
+		ways = ways[:1]
+	}
+	forSteeringsOf(t, ways, f)
+}
+
+func forSteeringsOf(t *testing.T, ways []stack.Steering, f func(t *testing.T, l *link)) {
+	for _, steering := range ways {
 		t.Run(steering.String(), func(t *testing.T) {
 			l := openLink(t, steering)
 			f(t, l)

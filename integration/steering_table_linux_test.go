@@ -33,7 +33,7 @@ type steeringRow struct {
 // to be exactly what the oracle says of all that crossed the device.
 func TestSteeringTable(t *testing.T) {
 	const hosts, ports = 4, 16
-	forSteerings(t, func(t *testing.T, l *link) {
+	forSteeringsOf(t, []stack.Steering{stack.SteeringKernel, stack.SteeringUser}, func(t *testing.T, l *link) {
 		l.forFamilies(t, func(t *testing.T, f family) {
 			neighbors := l.known(t, f, hosts)
 			// flows calls send for some of each host's ports.

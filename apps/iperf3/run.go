@@ -19,10 +19,10 @@ type limits struct {
 
 var defaultLimits = limits{handshake: 10 * time.Second, grace: 10 * time.Second, stall: time.Minute}
 
-// How long a server waits for what is still on its way when a test of a given amount ends: until nothing came for
-// settleIdle, at most settleMost. A test of a given time does not wait: what arrives late does not count, as with the original.
+// How long a server waits for what is still on its way when a test of a given amount ends: until something came and then
+// nothing for settleIdle, at most settleMost. A test of a given time does not wait: what arrives late does not count, as with the original.
 const (
-	settleIdle = 20 * time.Millisecond
+	settleIdle = 50 * time.Millisecond
 	settleMost = time.Second
 )
 
@@ -275,7 +275,7 @@ func (r *run) halt() {
 func (r *run) settle(now time.Time) time.Time {
 	last, most := now, now.Add(settleMost)
 	moved := r.total()
-	for at := now; at.Sub(last) < settleIdle && at.Before(most); at = time.Now() {
+	for at := now; (moved == 0 || at.Sub(last) < settleIdle) && at.Before(most); at = time.Now() {
 		time.Sleep(time.Millisecond)
 		if total := r.total(); total != moved {
 			moved, last = total, time.Now()
