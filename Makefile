@@ -39,7 +39,7 @@ unit: setup ## run the tests beside the code
 
 # One package at a time: these tests load both ends of a connection.
 integration: setup ## run the tests with real TAP devices and real clients
-	NUMASTACK_SOAK=1 $(GO) test -p 1 -shuffle=on $(TESTFLAGS) ./integration/...
+	NUMASTACK_SOAK=1 $(GO) test -p 1 -timeout 20m -shuffle=on $(TESTFLAGS) ./integration/...
 
 # One package at a time: pinned threads of two packages would wait for each other.
 # The short versions: the detector makes the long ones take a quarter of an hour.
