@@ -152,7 +152,7 @@ func (r *rig) fire(t *testing.T, d time.Duration, meanwhile func(ctx context.Con
 // server until ctx is done, and checks what comes back. It returns the bytes.
 func streamThrough(ctx context.Context, c net.Conn, seed uint64) (int, error) {
 	const size = 128 << 10
-	_ = c.SetDeadline(time.Now().Add(3 * patience))
+	_ = c.SetDeadline(time.Now().Add(soakTime() + 2*patience)) // longer than any ctx here
 	sent := make(chan error, 1)
 	blocks := make(chan struct{}, 1<<20) // sent, so that the reader knows when to stop
 	go func() {
