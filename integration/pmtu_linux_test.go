@@ -300,8 +300,8 @@ func TestPathMTU(t *testing.T) {
 			p := openPath(t, stack.Config{Shards: 2, Offload: offload})
 			c := captureDevice(t, p.device)
 			p.bulk(t)
-			// The router limits how often it says so (icmp_ratelimit), so a
-			// connection may have to find out by itself.
+			// A connection may also find out by itself, when its timeouts come
+			// first.
 			tooBig, wide := p.survey(c.end(t))
 			t.Logf("the router said %d times that a packet is too big; %d connections found out by themselves", tooBig, p.blackHoles())
 			if tooBig == 0 || wide > 0 {

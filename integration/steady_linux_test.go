@@ -82,14 +82,13 @@ func TestSteadyLoadMovesNothing(t *testing.T) {
 	after, elapsed := r.Stats(), time.Since(begin)
 	others = (otherPrograms(t) - others) / time.Duration(runtime.NumCPU())
 	wg.Wait()
-	quiet := others < elapsed/20
+	var shares [2]float64
 	for i, s := range after.Shards {
-		busy := float64(s.Busy-before[i].Busy) / float64(elapsed)
-		t.Logf("shard %d was busy for %.0f %% of the time", i, 100*busy)
-		if quiet && busy < 0.45 {
-			t.Errorf("shard %d was busy for %.0f %% of the time, too little for the rebalancer to act", i, 100*busy)
-		}
+		shares[i] = float64(s.Busy-before[i].Busy) / float64(elapsed)
+		t.Logf("shard %d was busy for %.0f %% of the time", i, 100*shares[i])
 	}
+	// Busy time is that of the clock: who takes a shard's CPU makes it busy.
+	quiet := others < elapsed/20 && max(shares[0], shares[1])-min(shares[0], shares[1]) < 0.1
 	switch moves := after.Rebalance.Moves; {
 	case moves != 0 && quiet:
 		t.Errorf("%d flow groups moved under a steady load", moves)
