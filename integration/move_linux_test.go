@@ -54,8 +54,8 @@ func TestMoveUnderFire(t *testing.T) {
 			t.Logf("calm:  %v", calm)
 			t.Logf("moved: %v, %d moves, %d frames kept on the way, longest stall %v",
 				moved, moves, sum.FramesKept, time.Duration(sum.MoveStallMax))
-			if moves < 10 {
-				t.Errorf("%d moves, want more", moves)
+			if moves == 0 {
+				t.Error("nothing was moved")
 			}
 			if moved.outOfOrder > calm.outOfOrder || sum.outOfOrder > 0 {
 				t.Errorf("out of order: the kernel got %d segments, %d without moves, the stack got %d; want no more, and none",
@@ -85,7 +85,7 @@ func (r *rig) fire(t *testing.T, d time.Duration, meanwhile func(ctx context.Con
 	t.Helper()
 	const bulk, asking = 16, 64
 	outOfOrder, retransmitted := kernelCounter(t, "netstat", "TcpExt", "TCPOFOQueue"), kernelCounter(t, "snmp", "Tcp", "RetransSegs")
-	ctx, cancel := context.WithTimeout(t.Context(), d)
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var (
 		wg        sync.WaitGroup
@@ -131,6 +131,7 @@ func (r *rig) fire(t *testing.T, d time.Duration, meanwhile func(ctx context.Con
 			latencies = append(latencies, mine...)
 		})
 	}
+	time.AfterFunc(d, cancel) // from here on: all are connected
 	if meanwhile != nil {
 		meanwhile(ctx)
 	}

@@ -399,8 +399,9 @@ func (h *netHandler) Close(c *Conn, err error) {
 	if n.out.len() > 0 {
 		c.abort = true // a FIN would tell the peer that this was all
 	}
-	n.endReading(cmp.Or(err, io.EOF))
+	// In this order: who has read the error must not be able to write.
 	n.endWriting(cmp.Or(err, error(syscall.EPIPE)))
+	n.endReading(cmp.Or(err, io.EOF))
 }
 
 func (n *NetConn) endReading(err error) {
