@@ -88,9 +88,16 @@ func TestAllowedCPUsAreOnlineAndHaveANode(t *testing.T) {
 			t.Errorf("NodeOf(%d) = %d (%v)", cpu, node, err)
 		}
 	}
-	cpus, err := Spread(len(allowed) + 1)
-	if err != nil || cpus[len(allowed)] != allowed[0] {
-		t.Errorf("Spread(%d) = %v (%v), want it to start over at %d", len(allowed)+1, cpus, err, allowed[0])
+	topology, err := ReadTopology()
+	if err != nil {
+		t.Fatal(err)
+	}
+	plan, err := Placement{Shards: len(allowed) + 1}.Plan(topology)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cpus := plan.CPUs(); cpus[len(allowed)] != cpus[0] {
+		t.Errorf("%d shards are on CPUs %v, want the last one to start over at %d", len(allowed)+1, cpus, cpus[0])
 	}
 }
 

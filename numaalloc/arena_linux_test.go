@@ -384,8 +384,8 @@ func TestNewArenaErrors(t *testing.T) {
 		calls *memoryCalls
 		want  string
 	}{
-		{ArenaConfig{Node: maxMemoryNodes - 1}, &kernelMemory, "the node has no memory"},
-		{ArenaConfig{Node: maxMemoryNodes}, &kernelMemory, "the node has no memory"},
+		{ArenaConfig{Node: maxNodes - 1}, &kernelMemory, "the node has no memory"},
+		{ArenaConfig{Node: maxNodes}, &kernelMemory, "the node has no memory"},
 		{ArenaConfig{AllocLimit: -1}, &kernelMemory, "AllocLimit is -1 bytes; want 1 or more"},
 		{ArenaConfig{}, &noMemory, "arena of node 0: map a page: cannot allocate memory"},
 	} {

@@ -110,7 +110,7 @@ func TestMeasureErrors(t *testing.T) {
 		{"full", t.Context(), &full, cpus, memory[:1], nil, "pages; want all: it is full"},
 		{"no such cpu", t.Context(), &kernelMemory, map[int][]int{0: {maxCPUs - 1}}, memory, unix.EINVAL, "pin thread to cpu 65535"},
 		{"no such cpu on another node", t.Context(), &kernelMemory, map[int][]int{0: some, 99: {maxCPUs - 1}}, memory, unix.EINVAL, "pin thread to cpu 65535"},
-		{"no such memory", t.Context(), &kernelMemory, cpus, []int{memory[0], maxMemoryNodes - 1}, unix.EINVAL, "the node has no memory"},
+		{"no such memory", t.Context(), &kernelMemory, cpus, []int{memory[0], maxNodes - 1}, unix.EINVAL, "the node has no memory"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			costs, err := newCosts(CostsMeasured, test.cpus, test.memory)

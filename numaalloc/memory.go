@@ -8,10 +8,6 @@ import (
 )
 
 const (
-	// maxMemoryNodes is the most nodes Linux can be built for
-	// (CONFIG_NODES_SHIFT is 10 at most).
-	maxMemoryNodes = 1 << 10
-
 	// pagesPerCall is how many pages one system call asks about: few enough
 	// that their addresses fit the stack.
 	pagesPerCall = 512
@@ -214,7 +210,7 @@ func (k *memoryCalls) bindThread(node int) error {
 // checkNode refuses what does not fit a node mask, as the kernel refuses nodes
 // that it does not have.
 func checkNode(node int) error {
-	if node < 0 || node >= maxMemoryNodes {
+	if node < 0 || node >= maxNodes {
 		return syscall.EINVAL
 	}
 	return nil

@@ -49,7 +49,7 @@ func maskOf(node int) *nodeMask {
 
 func (m *nodeMask) nodes() []int {
 	var nodes []int
-	for node := range maxMemoryNodes {
+	for node := range maxNodes {
 		if m[node/64]&(1<<(node%64)) != 0 {
 			nodes = append(nodes, node)
 		}

@@ -279,7 +279,7 @@ func TestUnbindOnGoHeap(t *testing.T) {
 
 func TestBindErrors(t *testing.T) {
 	nodes := memoryNodes(t)
-	bad := []int{-2, -1, maxMemoryNodes - 1, maxMemoryNodes}
+	bad := []int{-2, -1, maxNodes - 1, maxNodes}
 	for _, node := range sysNodes(t, "online") {
 		if !slices.Contains(nodes, node) {
 			bad = append(bad, node) // one with CPUs only
@@ -402,11 +402,11 @@ func TestBindThread(t *testing.T) {
 			}
 			touchPages(b)
 			wantWhere(t, b, 0, map[int]int{node: 4})
-			if err := BindThread(maxMemoryNodes); !errors.Is(err, unix.EINVAL) {
-				t.Errorf("BindThread(%d): %v", maxMemoryNodes, err)
+			if err := BindThread(maxNodes); !errors.Is(err, unix.EINVAL) {
+				t.Errorf("BindThread(%d): %v", maxNodes, err)
 			}
-			if err := BindThread(maxMemoryNodes - 1); !errors.Is(err, unix.EINVAL) {
-				t.Errorf("BindThread(%d): %v", maxMemoryNodes-1, err)
+			if err := BindThread(maxNodes - 1); !errors.Is(err, unix.EINVAL) {
+				t.Errorf("BindThread(%d): %v", maxNodes-1, err)
 			}
 			if err := UnbindThread(); err != nil {
 				t.Error(err)

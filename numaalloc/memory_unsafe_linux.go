@@ -18,11 +18,11 @@ import (
 
 // nodeMask is the kernel's nodemask_t, one bit per node. On big-endian machines
 // this holds for 64-bit ones only.
-type nodeMask [maxMemoryNodes / 64]uint64
+type nodeMask [maxNodes / 64]uint64
 
 // maskBits is what the kernel is told: it takes one bit less than that
 // (get_nodes in mm/mempolicy.c).
-const maskBits = maxMemoryNodes + 1
+const maskBits = maxNodes + 1
 
 // mbind is mbind(2). A nil mask has no node.
 func mbind(pages []byte, mode int, mask *nodeMask, flags int) error {

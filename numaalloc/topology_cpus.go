@@ -14,16 +14,6 @@ func OnlineCPUs() ([]int, error) { return machine().onlineCPUs() }
 // on node 0.
 func NodeOf(cpu int) (int, error) { return machine().nodeOf(cpu) }
 
-// Spread returns the default CPU of each of n threads: the allowed CPUs in
-// ascending order, starting over when there are more threads than CPUs.
-func Spread(n int) ([]int, error) {
-	allowed, err := AllowedCPUs()
-	if err != nil {
-		return nil, err
-	}
-	return spread(allowed, n)
-}
-
 func (s source) onlineCPUs() ([]int, error) {
 	cpus, err := s.list(cpuDir + "/online")
 	if err != nil {
@@ -59,18 +49,4 @@ func (s source) describeOnline() string {
 		return "unknown"
 	}
 	return FormatCPUList(cpus)
-}
-
-func spread(allowed []int, n int) ([]int, error) {
-	if n < 1 {
-		return nil, fmt.Errorf("spread over cpus: %d threads; want 1 or more", n)
-	}
-	if len(allowed) == 0 {
-		return nil, errors.New("spread over cpus: no CPU is allowed; want at least one")
-	}
-	cpus := make([]int, n)
-	for i := range cpus {
-		cpus[i] = allowed[i%len(allowed)]
-	}
-	return cpus, nil
 }

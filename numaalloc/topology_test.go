@@ -83,33 +83,6 @@ func TestOnlineCPUs(t *testing.T) {
 	}
 }
 
-func TestSpread(t *testing.T) {
-	tests := []struct {
-		name    string
-		allowed []int
-		n       int
-		want    []int
-		err     string
-	}{
-		{"fewer threads", []int{1, 4, 6}, 2, []int{1, 4}, ""},
-		{"as many", []int{1, 4}, 2, []int{1, 4}, ""},
-		{"wraps round", []int{1, 4}, 5, []int{1, 4, 1, 4, 1}, ""},
-		{"no thread", []int{1}, 0, nil, "0 threads; want 1 or more"},
-		{"no cpu", nil, 1, nil, "no CPU is allowed"},
-	}
-	for _, test := range tests {
-		t.Run(test.name, func(t *testing.T) {
-			got, err := spread(test.allowed, test.n)
-			if (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
-				t.Fatalf("error = %v, want %q", err, test.err)
-			}
-			if !slices.Equal(got, test.want) {
-				t.Errorf("cpus = %v, want %v", got, test.want)
-			}
-		})
-	}
-}
-
 // A file with nonsense in it is named, with its value.
 func TestTopologyErrors(t *testing.T) {
 	const (

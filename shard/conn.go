@@ -390,9 +390,7 @@ func (c *Conn) Resume() {
 // Do runs f on the thread of the connection's shard and waits for it. It returns
 // false, and f does not run, when the stack has ended. It is for all goroutines
 // but a shard's.
-func (c *Conn) Do(f func()) bool {
-	return c.g.do(func(*Group) error { f(); return nil }) == nil
-}
+func (c *Conn) Do(f func()) bool { return c.g.perform(f) }
 
 // SetContext attaches a value of the application to the connection.
 func (c *Conn) SetContext(v any) { c.ctx = v }

@@ -146,7 +146,7 @@ func (set *Set) dialOn(id int, local netip.Addr, ports []uint16, reuse bool, rem
 	load := &set.groups[id].load
 	load.Add(1)
 	defer load.Add(-1)
-	err = set.doGroup(id, func(g *Group) error {
+	err = set.groups[id].do(func(g *Group) error {
 		c, err = g.dial(local, ports, reuse, remote, h, context)
 		return err
 	})
@@ -294,7 +294,7 @@ func (set *Set) DialNet(ctx context.Context, local, remote netip.AddrPort) (*Net
 		}
 		return n, nil
 	case <-ctx.Done():
-		_ = set.doGroup(c.g.id, func(*Group) error { // a set that has ended has none
+		_ = c.g.do(func(*Group) error { // a set that has ended has none
 			c.Abort()
 			return nil
 		})

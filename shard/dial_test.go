@@ -147,7 +147,7 @@ func TestDialChunks(t *testing.T) {
 	defer l.Close()
 	// Every ephemeral port has a listener but one: dial has to find it.
 	const open = 40_000
-	err = a.doGroup(0, func(g *Group) error {
+	err = a.groups[0].do(func(g *Group) error {
 		for port := firstEphemeral; port <= lastEphemeral; port++ {
 			if port != open {
 				if _, err := g.listen(netip.AddrPortFrom(addrA, uint16(port)), 1, &testHandler{}); err != nil {

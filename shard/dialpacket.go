@@ -61,7 +61,7 @@ func (set *Set) dialPacket(local, remote netip.AddrPort) (*NetPacketDialed, erro
 	p := &NetPacketDialed{NetPacketConn: set.newPacketConn(dialedBacklog), peer: remote}
 	p.l = &UDPListener{set: set, addr: local, sockets: make([][]*Socket, len(set.groups))}
 	home := set.groupOf(protoUDP, local, remote)
-	err := set.doGroup(home, func(g *Group) (err error) {
+	err := set.groups[home].do(func(g *Group) (err error) {
 		if p.home, err = g.listenUDP(local, p.arrived); err != nil {
 			return err
 		}

@@ -105,7 +105,7 @@ func TestPacketDialedIsSmall(t *testing.T) {
 	}
 	open := 0
 	for id := range a.groups {
-		_ = a.doGroup(id, func(g *Group) error { open += len(g.sockets); return nil })
+		_ = a.groups[id].do(func(g *Group) error { open += len(g.sockets); return nil })
 	}
 	if open < 1 || open > 2 {
 		t.Errorf("open in %d groups, want 1 or 2", open)
@@ -141,7 +141,7 @@ func TestDialPacketErrors(t *testing.T) {
 func TestDialPacketWithoutPorts(t *testing.T) {
 	a, _ := startPair(t, nil)
 	for id := range a.groups {
-		_ = a.doGroup(id, func(g *Group) error {
+		_ = a.groups[id].do(func(g *Group) error {
 			// Reserved, for that many endpoints would take 100 MB.
 			for port := firstEphemeral; port <= lastEphemeral; port++ {
 				r := ports.Reservation{

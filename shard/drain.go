@@ -62,27 +62,31 @@ func (set *Set) Drain(shard int) error {
 	was := set.draining[shard]
 	set.draining[shard] = true
 	var errs []error
+	counts := set.groupCounts()
 	for group := range set.groups {
 		if set.reta.Owner(group) != shard {
 			continue
 		}
-		to := set.roomiest(shard)
+		to := set.roomiest(shard, counts)
 		if to < 0 {
 			set.draining[shard] = was
 			return fmt.Errorf("drain shard %d: no other shard takes its flow groups", shard)
 		}
-		errs = append(errs, set.moveLocked(group, to))
+		if err := set.moveLocked(group, to); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		counts[to]++
 	}
 	return errors.Join(errs...)
 }
 
-// roomiest returns the shard with the fewest groups that may take one of a
-// draining shard, or -1. Those of the same NUMA node go first: what leaves it
+// roomiest returns the shard with the fewest groups, by counts, that may take one
+// of a draining shard, or -1. Those of the same NUMA node go first: what leaves it
 // leaves its memory behind.
-func (set *Set) roomiest(from int) int {
+func (set *Set) roomiest(from int, counts []int) int {
 	best := -1
 	var bestNear bool
-	counts := set.groupCounts()
 	for id, s := range set.shards {
 		if set.draining[id] {
 			continue

@@ -110,7 +110,7 @@ func TestDrainLeavesHandlers(t *testing.T) {
 	group := b.groupOf(protoTCP, l.Addr(), client.LocalAddr().(*net.TCPAddr).AddrPort())
 	eventually(t, "handler", func() bool {
 		served := 0
-		_ = b.doGroup(group, func(g *Group) error { served = g.served; return nil })
+		_ = b.groups[group].do(func(g *Group) error { served = g.served; return nil })
 		return served == 1
 	})
 	home := b.reta.Owner(group)

@@ -70,7 +70,7 @@ func (l *Listener) open(backlog int, h Handler) error {
 			if l.addr.Port() != 0 && l.taken() {
 				return syscall.EADDRINUSE
 			}
-			err := l.set.doGroup(id, func(g *Group) error {
+			err := l.set.groups[id].do(func(g *Group) error {
 				p, err := g.listen(netip.AddrPortFrom(a, l.addr.Port()), backlog, h)
 				if err != nil {
 					return err
@@ -141,7 +141,7 @@ func (l *Listener) Close() {
 
 func (l *Listener) closeParts() {
 	for id := range l.parts {
-		_ = l.set.doGroup(id, func(*Group) error { // a set that has ended has none
+		_ = l.set.groups[id].do(func(*Group) error { // a set that has ended has none
 			for _, p := range l.parts[id] {
 				p.close()
 			}

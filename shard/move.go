@@ -140,9 +140,9 @@ func (s *Shard) begin(m *move) error {
 		}
 	} else {
 		// What is in the queue goes on to the new owner through the ring, like
-		// what comes after it. But the others read frames of the group
-		// too, and one of them may just have looked at the table. Between two of
-		// its turns it has not.
+		// what comes after it. But the others read frames of the group too, and
+		// one of them may just have looked at the table. Between two of its turns
+		// it has not.
 		for _, other := range s.set.shards {
 			if other == s {
 				continue
@@ -198,8 +198,7 @@ func (s *Shard) release(m *move) {
 	s.settle()
 	s.delayed.flush(g)
 	s.tx.flush()
-	isHere := func(h *Group) bool { return h == g }
-	s.groups = slices.DeleteFunc(s.groups, isHere)
+	s.groups = slices.DeleteFunc(s.groups, func(h *Group) bool { return h == g })
 	s.owns[g.id] = false
 	s.ready = slices.DeleteFunc(s.ready, func(r readyTask) bool {
 		if r.group() == g {
@@ -344,6 +343,11 @@ func (g *Group) do(f func(g *Group) error) error {
 		return ErrClosed
 	}
 	return <-t.done
+}
+
+// perform is do for a function that cannot fail; it returns whether f ran.
+func (g *Group) perform(f func()) bool {
+	return g.do(func(*Group) error { f(); return nil }) == nil
 }
 
 // post is do without the wait.

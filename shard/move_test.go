@@ -250,7 +250,7 @@ func TestMoveRefused(t *testing.T) {
 	group := b.groupOf(protoTCP, l.Addr(), local)
 	eventually(t, "handler", func() bool {
 		served := 0
-		_ = b.doGroup(group, func(g *Group) error { served = g.served; return nil })
+		_ = b.groups[group].do(func(g *Group) error { served = g.served; return nil })
 		return served == 1
 	})
 	from := b.reta.Owner(group)
@@ -321,7 +321,7 @@ func TestMoveKeepsOrder(t *testing.T) {
 	arrive(to, 6)    // the new owner's queue
 	arrive(third, 4) // forwarded by the new table
 	call := make(chan error, 1)
-	go func() { call <- b.doGroup(group, func(g *Group) error { order = append(order, 7); return nil }) }()
+	go func() { call <- b.groups[group].do(func(g *Group) error { order = append(order, 7); return nil }) }()
 	arrive(from, 3)
 	eventually(t, "frame at the new owner", func() bool {
 		n := 0
@@ -340,7 +340,7 @@ func TestMoveKeepsOrder(t *testing.T) {
 	arrive(from, 8) // late, by the ring
 	eventually(t, "last frame", func() bool {
 		n := 0
-		_ = b.doGroup(group, func(*Group) error { n = len(order); return nil })
+		_ = b.groups[group].do(func(*Group) error { n = len(order); return nil })
 		return n == 7
 	})
 	// The function ran before the turn that serves the socket.
@@ -388,7 +388,7 @@ func TestMoveBounds(t *testing.T) {
 	to.do(func(s *Shard) { s.play(b.groups[group]) })
 	eventually(t, "return of the frames", func() bool {
 		frames := uint64(0)
-		_ = b.doGroup(group, func(g *Group) error { frames = g.frames; return nil })
+		_ = b.groups[group].do(func(g *Group) error { frames = g.frames; return nil })
 		return frames >= maxAwaited
 	})
 }

@@ -37,7 +37,7 @@ func (l *UDPListener) join(group netip.Addr) error {
 	}
 	sockets := make([]*Socket, len(l.set.groups))
 	for id := range sockets {
-		err := l.set.doGroup(id, func(g *Group) (err error) {
+		err := l.set.groups[id].do(func(g *Group) (err error) {
 			sockets[id], err = g.join(l, group)
 			return err
 		})
@@ -100,7 +100,7 @@ func (l *UDPListener) LeaveGroup(group netip.Addr) error {
 func (l *UDPListener) shut(members []*Socket) {
 	for id, s := range members {
 		if s != nil {
-			_ = l.set.doGroup(id, func(*Group) error { // a set that has ended has none
+			_ = l.set.groups[id].do(func(*Group) error { // a set that has ended has none
 				s.shut()
 				return nil
 			})

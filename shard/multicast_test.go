@@ -182,7 +182,7 @@ func TestMulticastClose(t *testing.T) {
 	}
 	left := func() (sockets, members int) {
 		for id := range b.groups {
-			_ = b.doGroup(id, func(g *Group) error {
+			_ = b.groups[id].do(func(g *Group) error {
 				sockets += len(g.sockets)
 				for _, test := range multicastCases {
 					if in, err := g.stack.IsInGroup(nicID, tcpipAddress(test.group)); err != nil {
@@ -325,7 +325,7 @@ func TestListenUDPChoosesPort(t *testing.T) {
 	const first, last = 20_000, 20_999 // instead of all ports, to be quick
 	a, _ := startPair(t, nil)
 	for id := range a.groups {
-		err := a.doGroup(id, func(g *Group) error {
+		err := a.groups[id].do(func(g *Group) error {
 			if err := g.stack.SetPortRange(first, last); err != nil {
 				t.Error(err)
 			}

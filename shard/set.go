@@ -209,12 +209,6 @@ func (set *Set) closeEventFDs() {
 	}
 }
 
-// doGroup runs f on the thread that owns the group, waits for it and returns
-// its error, or ErrClosed when the shard has ended.
-func (set *Set) doGroup(id int, f func(g *Group) error) error {
-	return set.groups[id].do(f)
-}
-
 // MAC returns the stack's link address.
 func (set *Set) MAC() net.HardwareAddr { return set.cfg.MAC }
 

@@ -76,7 +76,7 @@ func (set *Set) listenUDP(addrs []netip.Addr, port uint16, shared bool, h Datagr
 func (l *UDPListener) open(addrs []netip.Addr, shared bool) error {
 	for id := range l.set.groups {
 		for _, a := range addrs {
-			err := l.set.doGroup(id, func(g *Group) error {
+			err := l.set.groups[id].do(func(g *Group) error {
 				s := &Socket{g: g, h: l.h}
 				if err := s.bind(netip.AddrPortFrom(a, l.addr.Port()), shared); err != nil {
 					return err
@@ -121,7 +121,7 @@ func (l *UDPListener) each(f func(s *Socket) error) error {
 		if len(sockets) == 0 {
 			continue
 		}
-		err := l.set.doGroup(id, func(*Group) error {
+		err := l.set.groups[id].do(func(*Group) error {
 			for _, s := range sockets {
 				if err := f(s); err != nil {
 					return err
@@ -256,9 +256,7 @@ func (s *Socket) WriteTo(b []byte, to netip.AddrPort) (int, error) {
 }
 
 // Do runs f on the thread of the socket's shard, like Conn.Do.
-func (s *Socket) Do(f func()) bool {
-	return s.g.do(func(*Group) error { f(); return nil }) == nil
-}
+func (s *Socket) Do(f func()) bool { return s.g.perform(f) }
 
 // LocalAddr returns the address that the socket's datagrams were sent to: one of
 // the stack's, or a multicast group's.

@@ -62,10 +62,15 @@ func watchedStack(t *testing.T, side int, log *safeBuffer) *shard.Set {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cpus, err := numaalloc.Spread(2)
+	topology, err := numaalloc.ReadTopology()
 	if err != nil {
 		t.Fatal(err)
 	}
+	plan, err := numaalloc.Placement{Shards: 2}.Plan(topology)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cpus := plan.CPUs()
 	reta, err := dispatch.NewRETA(4, 1)
 	if err != nil {
 		t.Fatal(err)
