@@ -16,5 +16,5 @@
 // a test that misses something is skipped and says what. Two settings change how
 // much is run: -short runs fewer combinations, and the environment variable
 // NUMASTACK_SOAK, when it is not empty, makes the soak tests run for 30 s
-// instead of 3.
+// instead of 3, or for as long as it says, such as 60s.
 package integration

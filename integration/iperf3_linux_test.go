@@ -23,7 +23,11 @@ const soakVar = "NUMASTACK_SOAK"
 
 // soakTime is how long a soak test puts load on a stack.
 func soakTime() time.Duration {
-	if os.Getenv(soakVar) != "" {
+	soak := os.Getenv(soakVar)
+	if d, err := time.ParseDuration(soak); err == nil {
+		return d
+	}
+	if soak != "" {
 		return 30 * time.Second
 	}
 	return 3 * time.Second

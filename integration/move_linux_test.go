@@ -23,10 +23,14 @@ import (
 
 // TestMoveUnderFire moves random flow groups while 16 connections stream and 64
 // ask and answer, half of them with events on the shard, half with net.Conn, and
-// looks at every byte. What the kernel counts is compared with a time without
-// moves.
+// looks at every byte. They pause, so that the CPUs are not the bottleneck:
+// what the kernel counts then is due to the moves, and is compared with a time
+// without. A second round without pauses looks at the bytes and their order alone.
 func TestMoveUnderFire(t *testing.T) {
-	const shards, groups = 4, 32
+	const (
+		shards, groups = 4, 32
+		pause          = 50 * time.Millisecond
+	)
 	d := soakTime()
 	for _, steering := range []stack.Steering{stack.SteeringKernel, stack.SteeringUser} {
 		t.Run(steering.String(), func(t *testing.T) {
@@ -39,9 +43,8 @@ func TestMoveUnderFire(t *testing.T) {
 			go serveEchoOn(l)
 			defer l.Close()
 
-			calm := r.fire(t, min(d, 10*time.Second), nil)
 			moves := 0
-			moved := r.fire(t, d, func(ctx context.Context) {
+			move := func(ctx context.Context) {
 				for ; ctx.Err() == nil; moves++ {
 					if err := r.Move(rand.IntN(groups), rand.IntN(shards)); err != nil {
 						t.Error(err)
@@ -49,17 +52,26 @@ func TestMoveUnderFire(t *testing.T) {
 					}
 					time.Sleep(5 * time.Millisecond)
 				}
-			})
+			}
+			calm := r.fire(t, d/3, pause, nil)
+			moved := r.fire(t, d, pause, move)
+			t.Logf("with pauses: calm:  %v", calm)
+			t.Logf("with pauses: moved: %v, %d moves", moved, moves)
+			full := r.fire(t, d/3, 0, move)
+			t.Logf("at full load: moved: %v", full)
 			sum := r.sum()
-			t.Logf("calm:  %v", calm)
-			t.Logf("moved: %v, %d moves, %d frames kept on the way, longest stall %v",
-				moved, moves, sum.FramesKept, time.Duration(sum.MoveStallMax))
+			t.Logf("%d moves, %d frames kept on the way, longest stall %v", moves, sum.FramesKept, time.Duration(sum.MoveStallMax))
 			if moves == 0 {
 				t.Error("nothing was moved")
 			}
-			if moved.outOfOrder > calm.outOfOrder || sum.outOfOrder > 0 {
+			if moved.outOfOrder+full.outOfOrder > calm.outOfOrder || sum.outOfOrder > 0 {
 				t.Errorf("out of order: the kernel got %d segments, %d without moves, the stack got %d; want no more, and none",
-					moved.outOfOrder, calm.outOfOrder, sum.outOfOrder)
+					moved.outOfOrder+full.outOfOrder, calm.outOfOrder, sum.outOfOrder)
+			}
+			// A peer probes when its answer is late (RFC 8985 section 7), which on
+			// a busy machine has other causes too.
+			if most := 3*calm.retransmitted + moves/20; moved.retransmitted > most && raceFactor == 1 {
+				t.Errorf("the kernel retransmitted %d segments, %d in a third of the time without moves; want %d or less", moved.retransmitted, calm.retransmitted, most)
 			}
 			if sum.Dropped > 0 || sum.RingFull > 0 {
 				t.Errorf("dropped %v, %d frames at full rings; want none", sum.DroppedByCause, sum.RingFull)
@@ -80,8 +92,9 @@ func (f fired) String() string {
 		f.bytes>>20, f.requests, f.p50, f.p99, f.outOfOrder, f.retransmitted)
 }
 
-// fire loads the stack for a while and runs meanwhile.
-func (r *rig) fire(t *testing.T, d time.Duration, meanwhile func(ctx context.Context)) (f fired) {
+// fire loads the stack for a while and runs meanwhile. Streams pause after each
+// block, for a fifth of that the others after each answer.
+func (r *rig) fire(t *testing.T, d, pause time.Duration, meanwhile func(ctx context.Context)) (f fired) {
 	t.Helper()
 	const bulk, asking = 16, 64
 	outOfOrder, retransmitted := kernelCounter(t, "netstat", "TcpExt", "TCPOFOQueue"), kernelCounter(t, "snmp", "Tcp", "RetransSegs")
@@ -96,7 +109,7 @@ func (r *rig) fire(t *testing.T, d time.Duration, meanwhile func(ctx context.Con
 	for i := range bulk {
 		c := dialTCP(t, r.self4, port(i))
 		wg.Go(func() {
-			n, err := streamThrough(ctx, c, uint64(i))
+			n, err := streamThrough(ctx, c, uint64(i), pause)
 			mu.Lock()
 			defer mu.Unlock()
 			f.bytes += n
@@ -124,6 +137,7 @@ func (r *rig) fire(t *testing.T, d time.Duration, meanwhile func(ctx context.Con
 					break
 				}
 				mine = append(mine, time.Since(begin))
+				time.Sleep(pause / 5)
 			}
 			_ = c.Close()
 			mu.Lock()
@@ -150,8 +164,8 @@ func (r *rig) fire(t *testing.T, d time.Duration, meanwhile func(ctx context.Con
 }
 
 // streamThrough sends blocks with their number and checksum through an echo
-// server until ctx is done, and checks what comes back. It returns the bytes.
-func streamThrough(ctx context.Context, c net.Conn, seed uint64) (int, error) {
+// server until ctx is done, with a pause after each, and checks what comes back. It returns the bytes.
+func streamThrough(ctx context.Context, c net.Conn, seed uint64, pause time.Duration) (int, error) {
 	const size = 128 << 10
 	_ = c.SetDeadline(time.Now().Add(soakTime() + 2*patience)) // longer than any ctx here
 	sent := make(chan error, 1)
@@ -167,6 +181,7 @@ func streamThrough(ctx context.Context, c net.Conn, seed uint64) (int, error) {
 				sent <- err
 				return
 			}
+			time.Sleep(pause)
 		}
 		sent <- nil
 	}()
@@ -236,7 +251,7 @@ func TestRebalanceLive(t *testing.T) {
 		perGroup[at.Group]++
 		i++
 		wg.Go(func() {
-			if _, err := streamThrough(ctx, c, uint64(i)); err != nil {
+			if _, err := streamThrough(ctx, c, uint64(i), 0); err != nil {
 				t.Error(err)
 			}
 		})

@@ -63,6 +63,15 @@ const (
 	// rebalanceMoves bounds the moves per look, 20 per second.
 	rebalanceMoves = 5
 
+	// A shard that has to give groups away soon after it has got some shows a
+	// load that changes faster than moves can follow, or that another program
+	// causes: it makes shards busy that wait for their CPU. Then the rebalancer
+	// wants to see the difference in twice as many looks in a row, up to
+	// rebalanceMostLooks (8 s), and in half as many again for each
+	// rebalanceForget (20 s) without a move.
+	rebalanceMostLooks = 32
+	rebalanceForget    = 80
+
 	// minGroupLoad is the load of a group that is not worth a move.
 	minGroupLoad = 0.005
 
@@ -103,11 +112,14 @@ type rebalancer struct {
 	log    *slog.Logger
 	online func() ([]int, error) // CPUs that are
 
-	before  []shard.Counters
-	uneven  int          // looks in a row that found a difference
-	idle    int          // looks in a row that found a shard to spare
-	resting map[int]bool // shards that were drained to conserve
-	lost    map[int]bool // shards whose CPU is offline; true: drained for that
+	before   []shard.Counters
+	uneven   int          // looks in a row that found a difference
+	wanted   int          // before something is done about it
+	unmoved  int          // looks since the last move
+	received map[int]bool // shards that lately got groups, and gave none away since
+	idle     int          // looks in a row that found a shard to spare
+	resting  map[int]bool // shards that were drained to conserve
+	lost     map[int]bool // shards whose CPU is offline; true: drained for that
 
 	moves, refused, crossNode, drains, resumes atomic.Uint64
 
@@ -137,7 +149,7 @@ func startRebalancer(mode Rebalance, set shards, log *slog.Logger) *rebalancer {
 func newRebalancer(mode Rebalance, set shards, log *slog.Logger) *rebalancer {
 	return &rebalancer{
 		mode: mode, set: set, log: log, online: numaalloc.OnlineCPUs,
-		before:  set.Stats(),
+		before: set.Stats(), wanted: rebalanceLooks, received: make(map[int]bool),
 		resting: make(map[int]bool), lost: make(map[int]bool),
 		stop: make(chan struct{}), stopped: make(chan struct{}),
 	}
@@ -172,8 +184,12 @@ func (r *rebalancer) look() {
 	if r.uneven = r.uneven + 1; !uneven(loads) {
 		r.uneven = 0
 	}
-	if r.uneven >= rebalanceLooks {
-		r.even(loads)
+	if r.unmoved++; r.unmoved%rebalanceForget == 0 {
+		r.wanted = max(r.wanted/2, rebalanceLooks)
+		clear(r.received)
+	}
+	if r.uneven >= r.wanted && r.even(loads) {
+		r.wanted, r.uneven = min(2*r.wanted, rebalanceMostLooks), 0
 	}
 }
 
@@ -253,16 +269,17 @@ func extremes(loads []shardLoad) (busiest, idlest *shardLoad) {
 
 // even moves groups until the loads are even, or no group is small enough to
 // help. A flow that alone fills a shard is never moved: the difference would
-// only change sides. Its neighbors are.
-func (r *rebalancer) even(loads []shardLoad) {
+// only change sides. Its neighbors are. It returns whether a shard has given
+// away after it had received.
+func (r *rebalancer) even(loads []shardLoad) (inVain bool) {
 	for range rebalanceMoves {
 		from, to := extremes(loads)
 		if to == nil || from.busy-to.busy < rebalanceDone {
-			return
+			return inVain
 		}
 		i := candidate(from, (from.busy-to.busy)/2)
 		if i < 0 {
-			return
+			return inVain
 		}
 		g := from.groups[i]
 		from.groups = slices.Delete(from.groups, i, i+1)
@@ -272,6 +289,10 @@ func (r *rebalancer) even(loads []shardLoad) {
 			continue
 		}
 		r.moves.Add(1)
+		r.unmoved = 0
+		inVain = inVain || r.received[from.id]
+		delete(r.received, from.id)
+		r.received[to.id] = true
 		if from.node != to.node {
 			r.crossNode.Add(1)
 		}
@@ -282,6 +303,7 @@ func (r *rebalancer) even(loads []shardLoad) {
 		to.busy += g.busy
 		to.groups = append(to.groups, g)
 	}
+	return inVain
 }
 
 // candidate returns the index of the group with the largest load up to limit

@@ -178,6 +178,38 @@ func TestRebalanceNoise(t *testing.T) {
 	}
 }
 
+// TestRebalanceGivesUp: a load that comes and goes on both shards in turn, each
+// time for longer than it takes to act, costs fewer and fewer moves.
+func TestRebalanceGivesUp(t *testing.T) {
+	m := newModel([]int{0, 0}, repeat(0.2, 8)...)
+	copy(m.owner, []int{0, 1, 0, 1, 0, 1, 0, 1})
+	r := m.rebalancer(RebalanceAuto)
+	moves := func(looks int) int {
+		before := len(m.moved)
+		for i := range looks {
+			for g := range m.load {
+				m.load[g] = 0.05
+				if m.owner[g] == i/6%2 { // where the groups are is what is busy, as if by another program
+					m.load[g] = 0.2
+				}
+			}
+			m.watch(r, 1)
+		}
+		return len(m.moved) - before
+	}
+	first, later := moves(48), moves(480)
+	if first == 0 || later > 5*first {
+		t.Errorf("%d moves in 12 seconds, then %d in two minutes, want some, then half as many per second at most", first, later)
+	}
+	for g := range m.load {
+		m.load[g], m.owner[g] = 0.2, 0
+	}
+	m.watch(r, rebalanceMostLooks+8)
+	if d := m.demand(1); d < 0.6 {
+		t.Errorf("a load that lasts is evened out to %.2f of 1.60 only", d)
+	}
+}
+
 func TestRebalancePrefersItsNode(t *testing.T) {
 	m := newModel([]int{0, 0, 1}, repeat(0.2, 4)...)
 	m.owner = []int{0, 0, 0, 0}
