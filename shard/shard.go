@@ -55,6 +55,7 @@ type Shard struct {
 	offloading   int                      // functions that the pool has
 	offloadWaits []*ServedConn            // handlers whose function waits for room there
 
+	stages  stageTimes
 	settled uint64 // busy time that was divided among the groups
 
 	leaving    bool // Close was called: nothing new begins
@@ -263,6 +264,7 @@ func (s *Shard) count() Counters {
 		a := s.arena.Stats()
 		c.MemoryNode, c.BytesBound, c.BindFallbacks = s.arena.Node(), uint64(a.BoundBytes), uint64(a.Fallbacks)
 	}
+	c.Stages = s.stages.counters()
 	c.Buffers = uint64(s.rx.made)
 	c.BuffersLent = uint64(len(s.rx.lent))
 	for _, g := range s.groups {

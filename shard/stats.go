@@ -59,6 +59,8 @@ type Counters struct {
 
 	BuffersExhausted uint64 `json:"buffers_exhausted"` // large frames copied because no buffer was free
 
+	Stages []StageCounters `json:"stages"` // where the time of a turn goes
+
 	Groups []GroupCounters `json:"groups"` // flow groups that the shard owns now
 }
 

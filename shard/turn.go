@@ -43,18 +43,23 @@ func (s *Shard) loop() {
 func (s *Shard) turn() bool {
 	s.now = max(s.readClock(), s.now)
 	s.turnBegan = s.now
+	s.stages.begin(s.now)
 	s.rx.sweep()
 	work := s.read()
 	work += s.readRings()
+	s.enter(stageTCP)
 	s.process()
+	s.enter(stageTimers)
 	work += s.fireTimers()
 	work += s.delayedAcks()
+	s.enter(stageApplication)
 	if s.mail.read(s) {
 		work++
 	}
 	work += s.runReady()
 	// What the application did to a connection of its own stack, and what the
 	// timers left behind.
+	s.enter(stageTCP)
 	s.process()
 	s.acknowledge()
 	if m := s.leavingGroup; m != nil {
@@ -65,7 +70,9 @@ func (s *Shard) turn() bool {
 		// The other shards have the next word, and may share the CPU.
 		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 	}
+	s.enter(stageFlush)
 	work += s.tx.flush()
+	s.endStages(work > 0)
 	return work > 0
 }
 
@@ -78,7 +85,9 @@ func (s *Shard) read() (frames int) {
 	emptied := false
 	for frames < rxBudget {
 		buf := s.rx.take()
+		s.enter(stageRead)
 		n, errno := s.queue.Read(buf.bytes)
+		s.enter(stageSteer)
 		if errno != 0 {
 			s.rx.give(buf)
 			if errno != syscall.EAGAIN && errno != syscall.EINTR {
@@ -165,6 +174,7 @@ func (s *Shard) route(h *handover, own bool) {
 
 // deliver hands a frame to its group.
 func (s *Shard) deliver(g *Group, h *handover) {
+	s.enter(stageDeliver)
 	if g.arrivals != nil && h.parsed.Class == dispatch.ClassFlow {
 		g.arrivals.note(h.frame, &h.parsed, h.queue)
 	}
@@ -250,6 +260,7 @@ func (s *Shard) readRings() (frames int) {
 			}
 			frames++
 			s.popped[from]++
+			s.enter(stageSteer)
 			s.receive(&h)
 		}
 	}
@@ -338,9 +349,10 @@ func (s *Shard) wait() {
 	if s.deviceGone {
 		watched = fds[:1]
 	}
+	began := s.readClock()
 	var timeout *unix.Timespec
 	if deadline != never {
-		ts := unix.NsecToTimespec(max(deadline-s.readClock(), 0))
+		ts := unix.NsecToTimespec(max(deadline-began, 0))
 		timeout = &ts
 	}
 	_, _ = unix.Ppoll(watched, timeout, nil) // an error is a wake: the turn finds out why
@@ -351,6 +363,7 @@ func (s *Shard) wait() {
 		_, _ = unix.Read(s.eventFD, b[:])
 	}
 	s.now = max(s.readClock(), s.now)
+	s.stages.add(stageWait, s.now-began)
 	s.lastWork = s.now
 }
 
