@@ -16,6 +16,7 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"runtime/pprof"
 	"strconv"
 	"strings"
 	"syscall"
@@ -26,10 +27,12 @@ import (
 
 // Options are the values of the common flags.
 type Options struct {
-	cfg       stack.Config
-	statsJSON string
-	verbose   bool
-	plan      bool
+	cfg        stack.Config
+	statsJSON  string
+	profile    string
+	endProfile func() error // nil: there is none
+	verbose    bool
+	plan       bool
 }
 
 // Flags registers the common flags.
@@ -63,6 +66,7 @@ func Flags(fs *flag.FlagSet) *Options {
 	fs.DurationVar(&o.cfg.Spin, "spin", o.cfg.Spin, "`time` an idle shard looks for work before it blocks, up to 1s; negative: none")
 	fs.TextVar(&o.cfg.Offload, "offload", stack.OffloadAuto, "`whether` frames may exceed the MTU (GSO) and leave checksums to the other side: auto or off")
 	fs.StringVar(&o.statsJSON, "stats-json", "", "write the counters as JSON to `file` at exit")
+	fs.StringVar(&o.profile, "cpuprofile", "", "write a CPU profile of the whole run to `file`, for go tool pprof and go build -pgo")
 	fs.BoolVar(&o.verbose, "v", false, "log what the stack does, not only what is wrong")
 	return o
 }
@@ -155,7 +159,26 @@ func (o *Options) Open(logger *slog.Logger) (*stack.Stack, error) {
 		}
 		os.Exit(0)
 	}
-	return stack.New(cfg)
+	s, err := stack.New(cfg)
+	if err == nil && o.profile != "" {
+		if err = o.startProfile(); err != nil {
+			return nil, errors.Join(err, s.Close())
+		}
+	}
+	return s, err
+}
+
+// startProfile is undone by Finish.
+func (o *Options) startProfile() error {
+	f, err := os.Create(o.profile)
+	if err != nil {
+		return fmt.Errorf("-cpuprofile: %w", err)
+	}
+	o.endProfile = func() error {
+		pprof.StopCPUProfile()
+		return f.Close()
+	}
+	return pprof.StartCPUProfile(f)
 }
 
 // Logger returns the application's logger: warnings only, or more with -v.
@@ -207,6 +230,9 @@ func (o *Options) Finish(s *stack.Stack, w io.Writer) error {
 	// and the kernel's counter is gone with the device.
 	stats := s.Stats()
 	err := s.Close()
+	if o.endProfile != nil {
+		err = errors.Join(err, o.endProfile())
+	}
 	err = errors.Join(err, printStats(w, stats))
 	if o.statsJSON != "" {
 		b, jsonErr := json.MarshalIndent(stats, "", "  ")
