@@ -23,10 +23,11 @@ const (
 	blackHoleMTU4 = 576
 )
 
-// stuck is a connection that waits in vain for an acknowledgement.
+// stuck is a connection whose retransmission timer has fired.
 type stuck struct {
-	una      seqnum.Value // what it waits for
-	timeouts uint64       // its count when that began
+	una    seqnum.Value // what it waited for then
+	seen   uint64       // its timeouts
+	inVain uint64       // of those, the last ones with this una
 }
 
 // lookForBlackHoles is called when a retransmission timer has fired. It makes
@@ -45,18 +46,19 @@ func (g *Group) lookForBlackHoles() {
 		}
 		snd := sending(ep)
 		timeouts := ep.Stats().(*tcp.Stats).SendErrors.Timeouts.Value()
-		if timeouts == 0 || int(snd.SndUna.Size(snd.SndNxt)) < snd.MaxPayloadSize {
+		if timeouts == 0 {
 			continue
 		}
-		s, known := g.stuck[ep]
-		if !known || s.una != snd.SndUna {
-			// The one that has just fired, or an older one.
-			waiting[ep] = stuck{una: snd.SndUna, timeouts: timeouts - 1}
-			continue
+		s := g.stuck[ep]
+		if s.una != snd.SndUna {
+			s.una, s.inVain = snd.SndUna, 0
 		}
-		if timeouts-s.timeouts >= blackHoleTimeouts && shrink(ep, snd.MaxPayloadSize) {
+		s.inVain += timeouts - s.seen // none, if it was another connection's
+		s.seen = timeouts
+		full := int(snd.SndUna.Size(snd.SndNxt)) >= snd.MaxPayloadSize
+		if full && s.inVain >= blackHoleTimeouts && shrink(ep, snd.MaxPayloadSize) {
 			g.shard.counters.BlackHoles++
-			s.timeouts = timeouts
+			s.inVain = 0
 		}
 		waiting[ep] = s
 	}

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/google/gopacket/layers"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
 // TestBlackHole: full segments vanish without a word from any router, so they
@@ -52,6 +53,61 @@ func TestBlackHole(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestBlackHoleTimeouts: two timeouts in a row are a connection's own, and for
+// the same bytes, a full segment of them.
+func TestBlackHoleTimeouts(t *testing.T) {
+	_, b := steppedPair(t)
+	r := newRawPeer(t, b)
+	g := r.conn.g
+	timeouts := func() uint64 { return r.conn.ep.Stats().(*tcp.Stats).SendErrors.Timeouts.Value() }
+	write := func(size int) {
+		t.Helper()
+		if n, err := r.conn.Write(make([]byte, size)); n != size || err != nil {
+			t.Fatalf("Write = %d, %v", n, err)
+		}
+		r.receive()
+	}
+	timeOut := func(what string, want uint64) {
+		t.Helper()
+		for before := timeouts(); timeouts() == before; r.receive() {
+			r.later(100 * time.Millisecond)
+		}
+		if n := b.count().BlackHoles; n != want {
+			t.Fatalf("%d black holes after %s, want %d", n, what, want)
+		}
+	}
+	arrived := func(size uint32) {
+		t.Helper()
+		r.ack += size
+		r.send(&layers.TCP{ACK: true}, 0, "")
+		r.receive()
+	}
+	write(1460)
+	timeOut("a timeout", 0)
+	arrived(1460)
+	write(1460)
+	g.tcp.stats.Timeouts.Increment() // another connection's
+	g.lookForBlackHoles()
+	timeOut("a timeout for other bytes", 0)
+	arrived(1460)
+	write(100)
+	timeOut("a timeout for a small segment", 0)
+	timeOut("another one", 0)
+	arrived(100)
+	write(1460)
+	timeOut("a first timeout", 0)
+	for range 5 {
+		g.tcp.stats.Timeouts.Increment()
+		g.lookForBlackHoles()
+	}
+	if n := b.count().BlackHoles; n != 0 {
+		t.Fatalf("%d black holes after a timeout and others' timeouts", n)
+	}
+	timeOut("a second timeout in a row", 1)
+	timeOut("the first one of smaller segments", 1)
+	timeOut("the second one", 2)
 }
 
 func largestPayload(segments []*layers.TCP) (n int) {
