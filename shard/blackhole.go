@@ -3,7 +3,6 @@ package shard
 import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/seqnum"
-	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
@@ -74,21 +73,9 @@ func shrink(ep *tcp.Endpoint, payload int) bool {
 	}
 	for _, size := range sizes {
 		if payload > size-header.TCPMinimumSize {
-			ep.HandleError(packetTooBig{size: uint32(size)}, nil)
+			makeSmaller(ep, uint32(size))
 			return true
 		}
 	}
 	return false
 }
-
-// packetTooBig tells an endpoint what a router would have told it.
-type packetTooBig struct {
-	stack.TransportError
-	size uint32 // bytes of an IP packet's payload that fit
-}
-
-// Kind implements stack.TransportError.
-func (packetTooBig) Kind() stack.TransportErrorKind { return stack.PacketTooBigTransportError }
-
-// Info implements stack.TransportError.
-func (p packetTooBig) Info() uint32 { return p.size }

@@ -150,6 +150,7 @@ func (c *Conn) serve(s *Shard) {
 	if !c.opened {
 		c.opened = true
 		c.tune(s)
+		c.followPath()
 		c.g.addFlow(c)
 		c.h.Open(c)
 	}

@@ -11,7 +11,9 @@ import (
 
 // NetPacketDialed is a NetPacketConn that talks to one peer only. It gets
 // nothing from others, and learns from ICMP that the peer has no such port:
-// the next Read or Write returns ECONNREFUSED.
+// the next Read or Write returns ECONNREFUSED. With EMSGSIZE they say that a
+// datagram was lost because the path does not carry its size; later ones leave in
+// fragments.
 type NetPacketDialed struct {
 	*NetPacketConn
 	peer netip.AddrPort

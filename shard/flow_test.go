@@ -69,6 +69,7 @@ type rawPeer struct {
 	s        *Shard
 	h        *testHandler
 	conn     *Conn
+	port     layers.TCPPort
 	got      string // what the handler received
 	seq, ack uint32 // what it sends next, and has acknowledged
 }
@@ -80,7 +81,7 @@ var rawPeerAddr = netip.MustParseAddr("10.1.0.9")
 // newRawPeer opens a connection to port 7 of s.
 func newRawPeer(t *testing.T, s *Shard) *rawPeer {
 	t.Helper()
-	r := &rawPeer{t: t, s: s, seq: 1000}
+	r := &rawPeer{t: t, s: s, port: rawPort, seq: 1000}
 	r.h = &testHandler{
 		open: func(c *Conn) { r.conn = c },
 		data: func(_ *Conn, p []byte) int { r.got += string(p); return len(p) },
@@ -124,7 +125,7 @@ func (r *rawPeer) send(tcp *layers.TCP, offset uint32, payload string) {
 
 func (r *rawPeer) sendIP(ip *layers.IPv4, tcp *layers.TCP, offset uint32, payload string) {
 	r.t.Helper()
-	tcp.SrcPort, tcp.DstPort, tcp.Seq, tcp.Ack, tcp.Window = rawPort, 7, r.seq+offset, r.ack, 65535
+	tcp.SrcPort, tcp.DstPort, tcp.Seq, tcp.Ack, tcp.Window = r.port, 7, r.seq+offset, r.ack, 65535
 	if err := tcp.SetNetworkLayerForChecksum(ip); err != nil {
 		r.t.Fatal(err)
 	}
@@ -141,19 +142,27 @@ func (r *rawPeer) data(payload string) {
 // receive runs the shard and returns the segments that it sent.
 func (r *rawPeer) receive() (segments []*layers.TCP) {
 	r.t.Helper()
-	settle(r.t, r.s)
-	fd, _ := cables.Load(r.s.queue.FD())
+	for _, p := range takeFrames(r.t, r.s) {
+		if tcp, ok := p.Layer(layers.LayerTypeTCP).(*layers.TCP); ok {
+			segments = append(segments, tcp)
+		}
+	}
+	return segments
+}
+
+// takeFrames runs the shard and returns what it sent, which nobody else gets.
+func takeFrames(t *testing.T, s *Shard) (frames []gopacket.Packet) {
+	t.Helper()
+	settle(t, s)
+	fd, _ := cables.Load(s.queue.FD())
 	queue := dispatch.NewQueue(fd.(int))
 	for {
 		frame := make([]byte, rxBufferLen)
 		n, errno := queue.Read(frame)
 		if errno != 0 {
-			return segments
+			return frames
 		}
-		p := gopacket.NewPacket(frame[dispatch.VnetHeaderLen:n], layers.LayerTypeEthernet, gopacket.Default)
-		if tcp, ok := p.Layer(layers.LayerTypeTCP).(*layers.TCP); ok {
-			segments = append(segments, tcp)
-		}
+		frames = append(frames, gopacket.NewPacket(frame[dispatch.VnetHeaderLen:n], layers.LayerTypeEthernet, gopacket.Default))
 	}
 }
 

@@ -45,7 +45,7 @@ type Group struct {
 	conns      connList
 	flows      map[uint32]*Conn // open connections by the hash of their frames
 	listeners  map[*listenerPart]struct{}
-	sockets    map[*Socket]struct{}
+	sockets    map[tcpip.Endpoint]*Socket
 	frames     uint64 // delivered
 	bytes      uint64 // the same, from the Ethernet header on
 	outOfOrder uint64 // segments that came before an earlier one of their flow
@@ -69,7 +69,7 @@ func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
 		shard:     s,
 		flows:     make(map[uint32]*Conn),
 		listeners: make(map[*listenerPart]struct{}),
-		sockets:   make(map[*Socket]struct{}),
+		sockets:   make(map[tcpip.Endpoint]*Socket),
 	}
 	g.clock = clock{start: start, now: &s.now, earliest: &s.earliest}
 	g.link = link{
@@ -162,9 +162,13 @@ type homeDispatcher struct {
 // DeliverTransportError implements stack.TransportDispatcher.
 func (d homeDispatcher) DeliverTransportError(local, remote tcpip.Address, network tcpip.NetworkProtocolNumber, transport tcpip.TransportProtocolNumber, err stack.TransportError, pkt *stack.PacketBuffer) {
 	pkt.IncRef()
-	_, _ = d.g.post(func(*Group) error {
+	_, _ = d.g.post(func(g *Group) error {
+		defer pkt.DecRef()
+		quote, ok := pkt.Data().PullUp(minQuote)
+		if id := (stack.TransportEndpointID{LocalAddress: local, RemoteAddress: remote}); !ok || !g.transportError(id, network, transport, err, quote) {
+			return nil
+		}
 		d.TransportDispatcherWithDefaultHandlerResult.DeliverTransportError(local, remote, network, transport, err, pkt)
-		pkt.DecRef()
 		return nil
 	})
 }
@@ -229,6 +233,13 @@ func networkProtocol(a netip.Addr) tcpip.NetworkProtocolNumber {
 		return header.IPv4ProtocolNumber
 	}
 	return header.IPv6ProtocolNumber
+}
+
+func networkHeaderLen(a netip.Addr) int {
+	if a.Is4() {
+		return header.IPv4MinimumSize
+	}
+	return header.IPv6MinimumSize
 }
 
 func tcpipAddress(a netip.Addr) tcpip.Address {

@@ -14,7 +14,9 @@ package shard
 //   - tcp.protocol has a field dispatcher with a slice processors, whose
 //     elements begin with a queue of endpoints named epQ;
 //   - tcp.Endpoint has fields snd and rcv, pointers to a sender and a receiver
-//     with the exported TCPSenderState and TCPReceiverState;
+//     with the exported TCPSenderState and TCPReceiverState, and h, a pointer to
+//     a handshake with the initial sequence number iss; the sender has a list of
+//     segments from writeNext on, with the number of their transmissions;
 //   - buffer.View has a method sharesChunk.
 //
 // What would end the need: an option of gVisor's TCP to process segments in
@@ -27,6 +29,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/seqnum"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
@@ -83,10 +86,16 @@ func field(t reflect.Type, name, typ string) (reflect.Type, uintptr) {
 }
 
 var (
-	sender, senderOffset     = field(reflect.TypeFor[tcp.Endpoint](), "snd", "*tcp.sender")
-	receiver, receiverOffset = field(reflect.TypeFor[tcp.Endpoint](), "rcv", "*tcp.receiver")
-	_, senderStateOffset     = field(sender.Elem(), "TCPSenderState", "tcp.TCPSenderState")
-	_, receiverStateOffset   = field(receiver.Elem(), "TCPReceiverState", "tcp.TCPReceiverState")
+	sender, senderOffset       = field(reflect.TypeFor[tcp.Endpoint](), "snd", "*tcp.sender")
+	receiver, receiverOffset   = field(reflect.TypeFor[tcp.Endpoint](), "rcv", "*tcp.receiver")
+	_, senderStateOffset       = field(sender.Elem(), "TCPSenderState", "tcp.TCPSenderState")
+	_, receiverStateOffset     = field(receiver.Elem(), "TCPReceiverState", "tcp.TCPReceiverState")
+	handshake, handshakeOffset = field(reflect.TypeFor[tcp.Endpoint](), "h", "*tcp.handshake")
+	_, issOffset               = field(handshake.Elem(), "iss", "seqnum.Value")
+	unsent, writeNextOffset    = field(sender.Elem(), "writeNext", "*tcp.segment")
+	_, xmitCountOffset         = field(unsent.Elem(), "xmitCount", "uint32")
+	entry, entryOffset         = field(unsent.Elem(), "segmentEntry", "tcp.segmentEntry")
+	_, nextOffset              = field(entry, "next", "*tcp.segment")
 )
 
 // pointerAt returns the pointer that e keeps at offset.
@@ -110,6 +119,28 @@ func sendAck(e *tcp.Endpoint) { senderSendAck(pointerAt(e, senderOffset)) }
 
 // hasSender reports whether e has been connected.
 func hasSender(e *tcp.Endpoint) bool { return pointerAt(e, senderOffset) != nil }
+
+// onItsWay reports whether e has sent the sequence number, and not heard that it
+// was received.
+func onItsWay(e *tcp.Endpoint, seq seqnum.Value) bool {
+	if hasSender(e) {
+		return seq.InRange(sending(e).SndUna, sending(e).SndNxt)
+	}
+	h := pointerAt(e, handshakeOffset) // nil for a listener
+	return h != nil && seq == *(*seqnum.Value)(unsafe.Add(h, issOffset))
+}
+
+// forgetSent makes the segments that e has to send next, some of them again, such
+// that were never sent. Otherwise gVisor takes them for lost a second time at the
+// next acknowledgement (RACK), and for outstanding in the recovery that follows,
+// which therefore sends nothing until the retransmission timer fires.
+func forgetSent(e *tcp.Endpoint) {
+	s := *(*unsafe.Pointer)(unsafe.Add(pointerAt(e, senderOffset), writeNextOffset))
+	for s != nil {
+		*(*uint32)(unsafe.Add(s, xmitCountOffset)) = 0
+		s = *(*unsafe.Pointer)(unsafe.Add(s, entryOffset+nextOffset))
+	}
+}
 
 // segmentsQueued reports whether e holds segments that were not processed.
 func segmentsQueued(e *tcp.Endpoint) bool {

@@ -320,7 +320,7 @@ func (g *Group) farewell() {
 	for l := range g.listeners {
 		l.close()
 	}
-	for u := range g.sockets {
+	for _, u := range g.sockets {
 		u.shut()
 	}
 	for c := range g.conns.all {

@@ -2,11 +2,13 @@ package shard
 
 import (
 	"fmt"
+	"maps"
 	"runtime"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
 
 	"numastack/dispatch"
 	"numastack/numaalloc"
@@ -54,6 +56,7 @@ type Shard struct {
 	served       map[*ServedConn]struct{} // handlers that have not ended
 	offloading   int                      // functions that the pool has
 	offloadWaits []*ServedConn            // handlers whose function waits for room there
+	paths        map[tcpip.Address]narrowPath
 
 	stages  stageTimes
 	settled uint64 // busy time that was divided among the groups
@@ -260,6 +263,8 @@ func (s *Shard) count() Counters {
 			}
 		}
 	}
+	maps.DeleteFunc(s.paths, func(_ tcpip.Address, p narrowPath) bool { return s.now >= p.until })
+	c.NarrowPaths = uint64(len(s.paths))
 	if s.arena != nil {
 		a := s.arena.Stats()
 		c.MemoryNode, c.BytesBound, c.BindFallbacks = s.arena.Node(), uint64(a.BoundBytes), uint64(a.Fallbacks)

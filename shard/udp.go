@@ -7,6 +7,7 @@ import (
 	"syscall"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
@@ -186,7 +187,7 @@ func (s *Socket) bind(addr netip.AddrPort, shared bool) error {
 	s.local = netip.AddrPortFrom(addr.Addr(), local.Port)
 	s.entry.Init(s, waiter.ReadableEvents|waiter.EventErr)
 	s.wq.EventRegister(&s.entry)
-	g.sockets[s] = struct{}{}
+	g.sockets[ep] = s
 	return nil
 }
 
@@ -229,8 +230,9 @@ func (s *Socket) serve(sh *Shard) {
 	s.NotifyEvent(waiter.ReadableEvents)
 }
 
-// WriteTo sends b as one datagram. It may be fragmented by IP; above 65,507
-// bytes (65,487 for IPv6) the error is EMSGSIZE. The socket of a multicast group
+// WriteTo sends b as one datagram, in fragments if it is larger than the path to
+// the peer carries, as far as that is known; above 65,507 bytes (65,487 for
+// IPv6) the error is EMSGSIZE. The socket of a multicast group
 // sends from the stack's address that is nearest to the peer.
 func (s *Socket) WriteTo(b []byte, to netip.AddrPort) (int, error) {
 	if s.l != nil {
@@ -242,17 +244,44 @@ func (s *Socket) WriteTo(b []byte, to netip.AddrPort) (int, error) {
 	sc := s.g.shard.scratch
 	sc.payload.b = b
 	sc.to = fullAddress(to)
-	_, err := s.ep.Write(&sc.payload, tcpip.WriteOptions{To: &sc.to})
-	if _, full := err.(*tcpip.ErrWouldBlock); full {
-		s.g.shard.tx.flush() // the socket's send buffer waits in our own queue
-		sc.payload.b = b
-		_, err = s.ep.Write(&sc.payload, tcpip.WriteOptions{To: &sc.to})
+	var err tcpip.Error
+	mtu := min(s.g.link.mtu, s.g.shard.path(sc.to.Addr).mtu)
+	if networkHeaderLen(to.Addr())+header.UDPMinimumSize+len(b) > int(mtu) {
+		err = s.writeFragments(b, mtu)
+	} else {
+		err = s.write(b)
 	}
 	sc.payload.b = nil
 	if err != nil {
 		return 0, errno(err)
 	}
 	return len(b), nil
+}
+
+// write sends b to the address in the scratch space.
+func (s *Socket) write(b []byte) tcpip.Error {
+	sc := s.g.shard.scratch
+	_, err := s.ep.Write(&sc.payload, tcpip.WriteOptions{To: &sc.to})
+	if _, full := err.(*tcpip.ErrWouldBlock); full {
+		s.g.shard.tx.flush() // the socket's send buffer waits in our own queue
+		sc.payload.b = b
+		_, err = s.ep.Write(&sc.payload, tcpip.WriteOptions{To: &sc.to})
+	}
+	return err
+}
+
+// writeFragments is write in packets of mtu bytes. gVisor cuts by the link's MTU
+// alone, and all at once. It would give the fragments of all IPv4 datagrams the
+// same identification, if others were not allowed to cut them further.
+func (s *Socket) writeFragments(b []byte, mtu uint32) tcpip.Error {
+	link := &s.g.link.mtu
+	before := *link
+	*link = min(before, max(mtu, minPathMTU))
+	_ = s.ep.SetSockOptInt(tcpip.MTUDiscoverOption, int(tcpip.PMTUDiscoveryDont)) // values that it knows
+	err := s.write(b)
+	_ = s.ep.SetSockOptInt(tcpip.MTUDiscoverOption, int(tcpip.PMTUDiscoveryWant))
+	*link = before
+	return err
 }
 
 // Do runs f on the thread of the socket's shard, like Conn.Do.
@@ -274,7 +303,7 @@ func (s *Socket) NUMANode() int { return s.g.shard.node }
 func (s *Socket) shut() {
 	if !s.closed {
 		s.closed = true
-		delete(s.g.sockets, s)
+		delete(s.g.sockets, s.ep)
 		s.wq.EventUnregister(&s.entry)
 		s.ep.Close()
 	}
