@@ -124,9 +124,9 @@ func TestNonsenseErrors(t *testing.T) {
 
 // spoiltQuotes are quotes of a packet that no longer say which flow it was of.
 func spoiltQuotes(quote []byte) (all [][]byte) {
-	headers, fragmentAt := 20, 6
+	headers, fragmentAt, protoAt := 20, 6, 9
 	if quote[0]>>4 == 6 {
-		headers = 40
+		headers, protoAt = 40, 6
 	}
 	for n := range headers + 4 { // the ports are not there
 		all = append(all, quote[:n])
@@ -141,14 +141,17 @@ func spoiltQuotes(quote []byte) (all [][]byte) {
 	change(headers, 0, 1)                  // another source port
 	change(headers+2, 0, 1)                // another destination port
 	change(headers-1, quote[headers-1]+77) // another peer
+	if layers.IPProtocol(quote[protoAt]) == layers.IPProtocolTCP {
+		change(headers+4, quote[headers+4]^0x80) // a segment that was not sent
+	}
 	if headers == 20 {
 		for length := range byte(16) {
 			if length != 5 {
 				change(0, 4<<4|length)
 			}
 		}
-		change(9, 1)             // another protocol
-		change(9, 253)           // another one
+		change(protoAt, 1)       // another protocol
+		change(protoAt, 253)     // another one
 		change(fragmentAt, 0, 5) // a later fragment
 		change(15, quote[15]+77) // not from us
 		change(0, make([]byte, 20)...)
