@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -58,6 +59,16 @@ func PinAny(cpus []int) error {
 		return fmt.Errorf("pin thread to cpus %s: %w; allowed are %s", FormatCPUList(cpus), err, describeAllowed())
 	}
 	return nil
+}
+
+// lockThread keeps the calling goroutine on its OS thread, which ends with it,
+// and names that, unless it is the process's first one: that one's name is the
+// process's.
+func lockThread(name string) {
+	runtime.LockOSThread()
+	if unix.Gettid() != os.Getpid() {
+		_ = NameThread(name) // cosmetic
+	}
 }
 
 // NameThread names the calling OS thread, as ps -L, top -H and perf show it:

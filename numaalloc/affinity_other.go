@@ -31,3 +31,5 @@ func PinAny(cpus []int) error {
 func NameThread(name string) error {
 	return fmt.Errorf("name thread %q: %w on %s", name, errors.ErrUnsupported, runtime.GOOS)
 }
+
+func lockThread(string) { runtime.LockOSThread() }

@@ -73,7 +73,7 @@ func (m *describedMachine) source() source {
 	return source{root: m.tree, allowed: func() ([]int, error) { return m.allowed, nil }}
 }
 
-func describeMachine(t *testing.T, description []string) *describedMachine {
+func describeMachine(t testing.TB, description []string) *describedMachine {
 	t.Helper()
 	m := &describedMachine{tree: fstest.MapFS{}}
 	list := func(text string) []int {
