@@ -51,8 +51,11 @@ type Costs struct {
 // another, as a multiple of a local access, by latency: 1 is local and nothing
 // is less. For CPUs without memory of their own, local is the nearest memory.
 // It is not symmetric. +Inf stands for a pair that has no cost: a node without
-// CPUs, without memory, or unknown.
+// CPUs, without memory, or unknown, and any pair for a nil Costs.
 func (c *Costs) Cost(from, to int) float64 {
+	if c == nil {
+		return math.Inf(1)
+	}
 	i, hasCPUs := slices.BinarySearch(c.CPUNodes, from)
 	j, hasMemory := slices.BinarySearch(c.MemoryNodes, to)
 	if !hasCPUs || !hasMemory {

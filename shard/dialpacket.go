@@ -18,6 +18,7 @@ type NetPacketDialed struct {
 	*NetPacketConn
 	peer netip.AddrPort
 	home *Socket // in the group that the peer's datagrams hash into
+	moveHook
 }
 
 var _ net.Conn = (*NetPacketDialed)(nil)
@@ -68,6 +69,7 @@ func (set *Set) dialPacket(local, remote netip.AddrPort) (*NetPacketDialed, erro
 			return err
 		}
 		p.l.sockets[home] = []*Socket{p.home}
+		p.home.moved = p.movedTo
 		return p.home.connect(remote, p.failed)
 	})
 	if err != nil {
@@ -140,13 +142,13 @@ func (p *NetPacketDialed) WriteToAddrPort([]byte, netip.AddrPort) (int, error) {
 func (p *NetPacketDialed) RemoteAddr() net.Addr { return net.UDPAddrFromAddrPort(p.peer) }
 
 // Shard returns the shard that processes the peer's datagrams.
-func (p *NetPacketDialed) Shard() int { return p.set.reta.Owner(p.home.g.id) }
+func (p *NetPacketDialed) Shard() int { return p.home.g.at.Load().id }
 
 // CPU returns the CPU that the shard's thread is pinned to.
-func (p *NetPacketDialed) CPU() int { return p.set.shards[p.Shard()].cpu }
+func (p *NetPacketDialed) CPU() int { return p.home.g.at.Load().cpu }
 
 // NUMANode returns the NUMA node of that CPU.
-func (p *NetPacketDialed) NUMANode() int { return p.set.shards[p.Shard()].node }
+func (p *NetPacketDialed) NUMANode() int { return p.home.g.at.Load().node }
 
 func (p *NetPacketDialed) peerError(op string, err error) error {
 	return p.opError(op, p.peer, err)

@@ -82,18 +82,20 @@ func (set *Set) Drain(shard int) error {
 }
 
 // roomiest returns the shard with the fewest groups, by counts, that may take one
-// of a draining shard, or -1. Those of the same NUMA node go first: what leaves it
-// leaves its memory behind.
+// of a draining shard, or -1. Those of the same NUMA node go first, then those of
+// the node where its memory costs least: what leaves it leaves its memory behind.
 func (set *Set) roomiest(from int, counts []int) int {
-	best := -1
-	var bestNear bool
+	best, bestCost := -1, 0.0
 	for id, s := range set.shards {
 		if set.draining[id] {
 			continue
 		}
-		near := s.node == set.shards[from].node
-		if best < 0 || near && !bestNear || near == bestNear && counts[id] < counts[best] {
-			best, bestNear = id, near
+		cost := 0.0
+		if s.node != set.shards[from].node {
+			cost = set.costs.Load().Cost(s.node, set.shards[from].memory)
+		}
+		if best < 0 || cost < bestCost || cost == bestCost && counts[id] < counts[best] {
+			best, bestCost = id, cost
 		}
 	}
 	return best

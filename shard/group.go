@@ -35,7 +35,9 @@ const answerer = 0
 type Group struct {
 	id     int
 	set    *Set
-	shard  *Shard // owner
+	shard  *Shard                // owner
+	at     atomic.Pointer[Shard] // the same, for other threads
+	memory int                   // the node whose memory its netstack was made in
 	stack  *stack.Stack
 	link   link
 	clock  clock
@@ -67,10 +69,12 @@ func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
 		id:        id,
 		set:       s.set,
 		shard:     s,
+		memory:    s.memory,
 		flows:     make(map[uint32]*Conn),
 		listeners: make(map[*listenerPart]struct{}),
 		sockets:   make(map[tcpip.Endpoint]*Socket),
 	}
+	g.at.Store(s)
 	g.clock = clock{start: start, now: &s.now, earliest: &s.earliest}
 	g.link = link{
 		g:     g,
@@ -271,6 +275,7 @@ func (g *Group) counters() GroupCounters {
 	stats := g.stack.Stats()
 	return GroupCounters{
 		Group:          g.id,
+		Memory:         g.memory,
 		Frames:         g.frames,
 		Bytes:          g.bytes,
 		Sent:           g.link.sent,

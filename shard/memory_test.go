@@ -5,24 +5,15 @@ import (
 	"errors"
 	"io"
 	"testing"
-
-	"numastack/numaalloc"
 )
 
 // TestMemoryOnItsNode: all pages of the receive buffers are on the shard's node
 // while large frames pass through them. With one node that is no surprise, but
 // the kernel is asked, and the buffers are bound, as with several.
 func TestMemoryOnItsNode(t *testing.T) {
-	topology, err := numaalloc.ReadTopology()
-	if err != nil {
-		t.Fatal(err)
-	}
 	a, b := startPair(t, func(cfg *Config) {
-		node, err := numaalloc.NodeOf(cfg.CPUs[0])
-		if err != nil {
-			t.Fatal(err)
-		}
-		cfg.MemoryNodes = []int{topology.MemoryNode(node)}
+		cpu, _ := cfg.Topology.CPU(cfg.CPUs[0])
+		cfg.MemoryNodes = []int{cfg.Topology.MemoryNode(cpu.Node)}
 	})
 	if err := errors.Join(a.FirstTouch(), b.FirstTouch()); err != nil {
 		t.Skip(err)

@@ -47,6 +47,32 @@ type Mover interface {
 	Move(c *Conn)
 }
 
+// moveHook is a function that wants to know when a connection for any goroutine
+// has come to another shard.
+type moveHook struct {
+	moved atomic.Pointer[func(shard, cpu, node int)]
+}
+
+// OnMove has the new shard's thread call f, before it processes anything of the
+// connection, whenever its flow group has come there. Shard, CPU and NUMANode say
+// the same from then on. The calls come one after the other. f must return soon:
+// it must not block, which includes Write, Close and all options of a connection.
+// Nil ends the calls. To miss no move, call OnMove first and then look where the
+// connection is.
+func (h *moveHook) OnMove(f func(shard, cpu, node int)) {
+	if f == nil {
+		h.moved.Store(nil)
+	} else {
+		h.moved.Store(&f)
+	}
+}
+
+func (h *moveHook) movedTo(s *Shard) {
+	if f := h.moved.Load(); f != nil {
+		(*f)(s.id, s.cpu, s.node)
+	}
+}
+
 // move is a flow group on its way. It belongs to the old owner until that has
 // let go of the group, then to the new one.
 type move struct {
@@ -221,6 +247,7 @@ func (s *Shard) adopt(m *move) {
 	g := m.g
 	s.now = max(s.now, m.left) // time does not go back for the group
 	g.shard = s
+	g.at.Store(s)
 	g.clock.now, g.clock.earliest = &s.now, &s.earliest
 	s.earliest = min(s.earliest, g.clock.next())
 	s.groups = append(s.groups, g)
@@ -232,13 +259,18 @@ func (s *Shard) adopt(m *move) {
 			h.Move(c)
 		}
 	}
+	for u := range g.sockets {
+		if u.moved != nil {
+			u.moved(s)
+		}
+	}
 	if s.deviceGone {
 		g.lose()
 	}
 	s.play(g)
 	stall := uint64(max(s.readClock()-m.began, 0))
 	s.counters.GroupsAdopted++
-	if m.from.node != s.node {
+	if m.from.memory != s.memory {
 		s.counters.GroupsFar++
 	}
 	s.counters.MoveStall += stall

@@ -23,7 +23,7 @@ import (
 // startWide returns two running stacks of n shards each, connected queue by
 // queue. The shards steer by themselves: what a shard of one side sends, the
 // shard with the same number reads on the other.
-func startWide(t testing.TB, n, groups int) (a, b *Set) {
+func startWide(t testing.TB, n, groups int, tune ...func(*Config)) (a, b *Set) {
 	t.Helper()
 	var fds [2][]int
 	for range n {
@@ -39,6 +39,9 @@ func startWide(t testing.TB, n, groups int) (a, b *Set) {
 		var err error
 		if cfg.RETA, err = dispatch.NewRETA(groups, n); err != nil {
 			t.Fatal(err)
+		}
+		for _, f := range tune {
+			f(&cfg)
 		}
 		set, err := New(cfg)
 		if err != nil {

@@ -46,6 +46,7 @@ type NetConn struct {
 	finSent     bool         // owned by the shard
 	farewell    bool         // owned by the shard: it knows of Close
 	established chan error   // how a dial ended; nil for an accepted connection
+	moveHook
 
 	// Written by the shard, once; the flags say that the errors may be read.
 	readErr, writeErr     error
@@ -361,7 +362,11 @@ func (h *netHandler) Open(c *Conn) {
 }
 
 // Move implements Mover.
-func (h *netHandler) Move(c *Conn) { c.Context().(*NetConn).sh.Store(c.g.shard) }
+func (h *netHandler) Move(c *Conn) {
+	n := c.Context().(*NetConn)
+	n.sh.Store(c.g.shard)
+	n.movedTo(c.g.shard)
+}
 
 // Data implements Handler.
 func (h *netHandler) Data(c *Conn, b []byte) int {

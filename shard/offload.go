@@ -1,8 +1,7 @@
 package shard
 
 import (
-	"runtime"
-	"sync"
+	"fmt"
 
 	"numastack/numaalloc"
 )
@@ -11,56 +10,34 @@ import (
 // for a thread at most; the handlers of the others wait their turn.
 const offloadsPerShard = 64
 
-// offloadPool runs functions that would hold up a shard, on threads of one
-// NUMA node.
-type offloadPool struct {
-	queue chan *ServedConn // has room for all that its shards may send
-	ended sync.WaitGroup
-}
-
-// newOffloadPool starts n threads for the shards of a node.
-func newOffloadPool(node, shards, n int) *offloadPool {
-	p := &offloadPool{queue: make(chan *ServedConn, shards*offloadsPerShard)}
-	cpus := nodeCPUs(node)
-	for range n {
-		p.ended.Go(func() {
-			if cpus != nil {
-				// On a machine with one node a goroutine is as near as a
-				// pinned thread, and cheaper to wake.
-				runtime.LockOSThread()
-				_ = numaalloc.PinAny(cpus) // where it runs is a matter of speed only
-			}
-			for co := range p.queue {
-				co.task()
-				co.c.g.shard.post(taskFunc(func(s *Shard) { s.offloaded(co) }))
-			}
-		})
+// makePools makes the pools of the NUMA nodes, in which offloaded functions run
+// beside those of other goroutines.
+func (set *Set) makePools() (err error) {
+	if set.pools, err = numaalloc.NewPools(numaalloc.PoolConfig{
+		Topology: set.cfg.Topology, Costs: set.cfg.Costs, Threads: set.cfg.OffloadThreads,
+		Reserved: offloadsPerShard * len(set.shards), Scratch: set.cfg.NodeScratch,
+	}); err != nil {
+		return err
 	}
-	return p
-}
-
-// nodeCPUs returns the node's CPUs, or nil when there is no other node.
-func nodeCPUs(node int) []int {
-	all, err := numaalloc.AllowedCPUs()
-	if err != nil {
-		return nil
-	}
-	var mine []int
-	for _, cpu := range all {
-		if n, err := numaalloc.NodeOf(cpu); err == nil && n == node {
-			mine = append(mine, cpu)
+	for _, s := range set.shards {
+		if s.pool, err = set.pools.Pool(s.node); err != nil {
+			return fmt.Errorf("shard %d: %w", s.id, err)
 		}
 	}
-	if len(mine) == len(all) {
-		return nil
-	}
-	return mine
+	return nil
 }
 
-// close ends the threads after their present work.
-func (p *offloadPool) close() {
-	close(p.queue)
-	p.ended.Wait()
+// NodePool returns the pool of a NUMA node, as numaalloc.NodePools.Pool does.
+func (set *Set) NodePool(node int) (*numaalloc.NodePool, error) { return set.pools.Pool(node) }
+
+// PoolStats returns the counters of the pools that have been used.
+func (set *Set) PoolStats() []numaalloc.PoolStats { return set.pools.Stats() }
+
+// Follow makes the pools and the choices of Drain go by another topology and
+// other costs. Shards keep their CPUs.
+func (set *Set) Follow(t *numaalloc.Topology, costs *numaalloc.Costs) {
+	set.costs.Store(costs)
+	set.pools.Follow(t, costs)
 }
 
 // offload sends the handler's task to the pool, or makes it wait.
@@ -71,18 +48,33 @@ func (s *Shard) offload(co *ServedConn) {
 		return
 	}
 	s.offloading++
-	s.set.pools[s.node].queue <- co
+	s.pool.Submit((*offloadTask)(co)) // closed only after the last one
 }
 
-// offloaded resumes the handler whose task has ended.
-func (s *Shard) offloaded(co *ServedConn) {
+// offloadTask is a ServedConn whose function runs in a pool.
+type offloadTask ServedConn
+
+// Run implements numaalloc.PoolTask.
+func (t *offloadTask) Run(thread *numaalloc.PoolThread) {
+	co := (*ServedConn)(t)
+	s := co.c.g.shard // the group stays while it has a handler
+	far := thread.Node() != s.node
+	defer s.post(taskFunc(func(s *Shard) { s.offloaded(co, far) }))
+	co.task()
+}
+
+// offloaded resumes the handler whose task has ended, on another node if far.
+func (s *Shard) offloaded(co *ServedConn, far bool) {
+	if far {
+		s.counters.OffloadsSpilled++
+	}
 	s.offloading--
 	if len(s.offloadWaits) > 0 {
 		next := s.offloadWaits[0]
 		s.offloadWaits[0] = nil
 		s.offloadWaits = s.offloadWaits[1:]
 		s.offloading++
-		s.set.pools[s.node].queue <- next
+		s.pool.Submit((*offloadTask)(next))
 	}
 	co.task = nil
 	co.resume()

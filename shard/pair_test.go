@@ -21,12 +21,19 @@ var (
 	addr6 = [2]netip.Addr{netip.MustParseAddr("fd01::1"), netip.MustParseAddr("fd01::2")}
 )
 
-func testConfig(t testing.TB, side, fd int) Config {
+func thisMachine(t testing.TB) *numaalloc.Topology {
 	t.Helper()
-	cpus, err := numaalloc.AllowedCPUs()
+	topology, err := numaalloc.ReadTopology()
 	if err != nil {
 		t.Fatal(err)
 	}
+	return topology
+}
+
+func testConfig(t testing.TB, side, fd int) Config {
+	t.Helper()
+	topology := thisMachine(t)
+	cpus := topology.AllowedCPUs
 	key, err := dispatch.NewKey()
 	if err != nil {
 		t.Fatal(err)
@@ -37,7 +44,7 @@ func testConfig(t testing.TB, side, fd int) Config {
 	}
 	return Config{
 		Device: "pair", Queues: []*dispatch.Queue{dispatch.NewQueue(fd)},
-		MTU: 1500, GSO: true, CPUs: []int{cpus[side%len(cpus)]}, Toeplitz: dispatch.NewToeplitz(key), RETA: reta,
+		MTU: 1500, GSO: true, Topology: topology, CPUs: []int{cpus[side%len(cpus)]}, Toeplitz: dispatch.NewToeplitz(key), RETA: reta,
 		Addrs: []netip.Prefix{
 			netip.PrefixFrom([2]netip.Addr{addrA, addrB}[side], 24),
 			netip.PrefixFrom(addr6[side], 64),
@@ -119,12 +126,8 @@ func steppedPair(t testing.TB) (a, b *Shard) {
 // restoreAffinity lets the test's thread run everywhere again.
 func restoreAffinity(t testing.TB) {
 	t.Helper()
-	cpus, err := numaalloc.AllowedCPUs()
-	if err != nil {
-		t.Fatal(err)
-	}
 	var set unix.CPUSet
-	for _, cpu := range cpus {
+	for _, cpu := range thisMachine(t).AllowedCPUs {
 		set.Set(cpu)
 	}
 	if err := unix.SchedSetaffinity(0, &set); err != nil {

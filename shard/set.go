@@ -37,6 +37,8 @@ type Config struct {
 	MAC                       net.HardwareAddr // the stack's; nil draws a random one
 	MTU                       int              // bytes of an IP packet
 	GSO                       bool             // the kernel takes TCP super-frames
+	Topology                  *numaalloc.Topology
+	Costs                     *numaalloc.Costs // of remote memory
 	CPUs                      []int            // by shard
 	MemoryNodes               []int            // by shard: where its buffers belong; nil: there is nothing to choose
 	RETA                      *dispatch.RETA   // flow groups and their owners
@@ -52,7 +54,8 @@ type Config struct {
 	RxBuffers      int           // receive buffers per shard
 	MaxConns       int           // connections per shard
 	HandlerLimit   time.Duration // a handler that takes longer is reported; 0: none is
-	OffloadThreads int           // for handlers of Serve, per NUMA node
+	OffloadThreads int           // of a node pool; 0: as many as CPUs
+	NodeScratch    int           // bytes per thread of a node pool; 0: numaalloc's default
 	Drain          time.Duration // how long Close lets connections say goodbye
 	Logger         *slog.Logger
 }
@@ -83,8 +86,9 @@ type Set struct {
 	draining []bool     // by shard: takes no groups
 	closing  bool       // no more moves
 
-	pools    map[int]*offloadPool // by NUMA node; immutable after New
-	watchdog *watchdog            // nil: off
+	pools    *numaalloc.NodePools // immutable after New
+	costs    atomic.Pointer[numaalloc.Costs]
+	watchdog *watchdog // nil: off
 
 	listenMu  sync.Mutex
 	listeners map[*Listener]struct{} // guarded by listenMu
@@ -94,6 +98,10 @@ type Set struct {
 func New(cfg Config) (*Set, error) {
 	set, err := newSet(cfg)
 	if err != nil {
+		return nil, err
+	}
+	if err := set.makePools(); err != nil {
+		set.closeEventFDs()
 		return nil, err
 	}
 	for i, s := range set.shards {
@@ -108,24 +116,11 @@ func New(cfg Config) (*Set, error) {
 			return nil, err
 		}
 	}
-	set.startPools()
 	close(set.begin)
 	if cfg.HandlerLimit > 0 {
 		set.watchdog = startWatchdog(set, cfg.HandlerLimit)
 	}
 	return set, nil
-}
-
-// startPools makes the threads for offloaded work.
-func (set *Set) startPools() {
-	shards := make(map[int]int)
-	for _, s := range set.shards {
-		shards[s.node]++
-	}
-	set.pools = make(map[int]*offloadPool)
-	for node, n := range shards {
-		set.pools[node] = newOffloadPool(node, n, set.cfg.OffloadThreads)
-	}
 }
 
 // newSet makes everything but the threads.
@@ -150,6 +145,7 @@ func newSet(cfg Config) (*Set, error) {
 		done:  make(chan struct{}),
 		ended: make(chan struct{}),
 	}
+	set.costs.Store(cfg.Costs)
 	for id, queue := range cfg.Queues {
 		s, err := set.newShard(id, queue)
 		if err != nil {
@@ -163,9 +159,9 @@ func newSet(cfg Config) (*Set, error) {
 
 func (set *Set) newShard(id int, queue *dispatch.Queue) (*Shard, error) {
 	cpu := set.cfg.CPUs[id]
-	node, err := numaalloc.NodeOf(cpu)
-	if err != nil {
-		return nil, fmt.Errorf("shard %d: %w", id, err)
+	place, exists := set.cfg.Topology.CPU(cpu)
+	if !exists {
+		return nil, fmt.Errorf("shard %d: no CPU %d in %s", id, cpu, set.cfg.Topology)
 	}
 	fd, err := newEventFD()
 	if err != nil {
@@ -173,7 +169,7 @@ func (set *Set) newShard(id int, queue *dispatch.Queue) (*Shard, error) {
 	}
 	n := len(set.cfg.Queues)
 	s := &Shard{
-		id: id, cpu: cpu, node: node,
+		id: id, cpu: cpu, node: place.Node, memory: set.cfg.Topology.MemoryNode(place.Node),
 		set: set, queue: queue, eventFD: fd,
 		spin:  int64(set.cfg.Spin),
 		inbox: make([]*dispatch.Ring[handover], n), popped: make([]uint64, n),
@@ -294,9 +290,7 @@ func (set *Set) Close() {
 			})
 		}
 		set.running.Wait()
-		for _, p := range set.pools {
-			p.close()
-		}
+		set.pools.Close()
 		set.closeEventFDs()
 		set.doneOnce.Do(func() { close(set.done) })
 		close(set.ended)

@@ -19,11 +19,13 @@ import (
 type Shard struct {
 	// Immutable after start.
 	id, cpu, node int
+	memory        int // the node of its memory: its own, or the nearest with some
 	set           *Set
 	queue         *dispatch.Queue
 	inbox         []*dispatch.Ring[handover] // by sending shard; nil for itself
 	eventFD       int
-	spin          int64 // nanoseconds
+	spin          int64               // nanoseconds
+	pool          *numaalloc.NodePool // of its node
 
 	// Any thread.
 	_        [64]byte // keeps other threads' writes away from the loop's fields
@@ -274,6 +276,9 @@ func (s *Shard) count() Counters {
 	c.BuffersLent = uint64(len(s.rx.lent))
 	for _, g := range s.groups {
 		c.Groups = append(c.Groups, g.counters())
+		if g.memory != s.memory {
+			c.GroupsAway++
+		}
 	}
 	return c
 }

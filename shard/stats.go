@@ -65,12 +65,18 @@ type Counters struct {
 
 	Stages []StageCounters `json:"stages"` // where the time of a turn goes
 
+	// What was done from a node to the memory of another, beside GroupsFar.
+	BuffersFar      uint64 `json:"buffers_far"`      // frames taken from this shard's rings, in buffers of another node
+	GroupsAway      uint64 `json:"groups_away"`      // flow groups here now whose netstack is in another node's memory
+	OffloadsSpilled uint64 `json:"offloads_spilled"` // offloaded functions that ran on another node
+
 	Groups []GroupCounters `json:"groups"` // flow groups that the shard owns now
 }
 
 // GroupCounters is what one flow group's netstack has counted.
 type GroupCounters struct {
 	Group          int    `json:"group"`
+	Memory         int    `json:"memory"`    // NUMA node where its netstack was made
 	Frames         uint64 `json:"frames"`    // delivered to the group
 	Bytes          uint64 `json:"bytes"`     // the same, from the Ethernet header on
 	Sent           uint64 `json:"sent"`      // packets; one that the kernel cuts counts once

@@ -261,6 +261,9 @@ func (s *Shard) readRings() (frames int) {
 			frames++
 			s.popped[from]++
 			s.enter(stageSteer)
+			if s.set.shards[from].memory != s.memory {
+				s.counters.BuffersFar++
+			}
 			s.receive(&h)
 		}
 	}

@@ -47,7 +47,8 @@ type Socket struct {
 	queued bool
 	closed bool
 
-	failed func(error) // what became of earlier datagrams; nil unless connected
+	failed func(error)  // what became of earlier datagrams; nil unless connected
+	moved  func(*Shard) // the group has come there; may be nil
 }
 
 // ListenUDP gives the datagrams that arrive at port of one of addrs to h; each
