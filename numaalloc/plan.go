@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -29,6 +30,9 @@ type Placement struct {
 	// Device is the network device that the shards should be close to: the one
 	// that the frames come through, not the TAP. Default: none.
 	Device string
+	// Costs says which nodes are near, if they were measured. Default: the
+	// distances of the topology do.
+	Costs *Costs
 }
 
 // Plan says where each shard goes.
@@ -50,7 +54,7 @@ type Place struct {
 	CPU   int `json:"cpu"`
 	Node  int `json:"node"` // of CPU
 	// Memory is the node for the shard's memory: Node itself, or the nearest one
-	// by the SLIT where that has none; -1 if there is none at all.
+	// where that has none; -1 if there is none at all.
 	Memory int `json:"memory"`
 
 	SharesCPU  bool `json:"shares_cpu"`  // another shard runs on CPU
@@ -77,7 +81,7 @@ func (p Placement) Plan(t *Topology) (*Plan, error) {
 		}
 	} else if order, err = p.candidates(t); err == nil {
 		if plan.Home, err = p.home(t, order); err == nil {
-			p.Profile.arrange(order, t, plan.Home)
+			p.arrange(order, t, plan.Home)
 		}
 	}
 	if err != nil {
@@ -85,7 +89,7 @@ func (p Placement) Plan(t *Topology) (*Plan, error) {
 	}
 	for i := range p.Shards {
 		cpu := order[i%len(order)]
-		plan.Shards = append(plan.Shards, Place{Shard: i, Queue: i, CPU: cpu.ID, Node: cpu.Node, Memory: t.MemoryNode(cpu.Node)})
+		plan.Shards = append(plan.Shards, Place{Shard: i, Queue: i, CPU: cpu.ID, Node: cpu.Node, Memory: p.memoryNode(t, cpu.Node)})
 	}
 	plan.findSharing(t)
 	plan.warnOfMemory(t)
@@ -187,9 +191,29 @@ func (p Placement) home(t *Topology, cpus []CPU) (int, error) {
 	}), nil
 }
 
+// far returns what memory of one node costs the CPUs of another, in some unit: as
+// measured, or by the distances.
+func (p Placement) far(t *Topology, from, to int) float64 {
+	if p.Costs != nil && p.Costs.Source == CostsMeasured {
+		if cost := p.Costs.Cost(from, t.MemoryNode(to)); !math.IsInf(cost, 1) {
+			return cost
+		}
+	}
+	return float64(t.Distance(from, to))
+}
+
+// memoryNode returns the node for the memory of shards on a node.
+func (p Placement) memoryNode(t *Topology, node int) int {
+	nodes := t.MemoryNodes()
+	if len(nodes) == 0 || slices.Contains(nodes, node) {
+		return t.MemoryNode(node)
+	}
+	return slices.MinFunc(nodes, func(a, b int) int { return cmp.Compare(p.far(t, node, a), p.far(t, node, b)) })
+}
+
 // arrange sorts CPUs, which come ascending, into the order in which shards take
 // them.
-func (p Profile) arrange(cpus []CPU, t *Topology, home int) {
+func (p Placement) arrange(cpus []CPU, t *Topology, home int) {
 	type rank struct {
 		thread int // how many CPUs of its core come before it
 		turn   int // how many CPUs of its node with the same thread number do
@@ -206,13 +230,20 @@ func (p Profile) arrange(cpus []CPU, t *Topology, home int) {
 		turns[level]++
 		ranks[cpu.ID] = r
 	}
+	away := func(node int) int { // 1 unless it is home
+		if node == home {
+			return 0
+		}
+		return 1
+	}
 	near := func(a, b CPU) int {
-		return cmp.Or(cmp.Compare(t.Distance(home, a.Node), t.Distance(home, b.Node)), cmp.Compare(a.Node, b.Node))
+		return cmp.Or(cmp.Compare(away(a.Node), away(b.Node)),
+			cmp.Compare(p.far(t, a.Node, home), p.far(t, b.Node, home)), cmp.Compare(a.Node, b.Node))
 	}
 	slices.SortFunc(cpus, func(a, b CPU) int {
 		byThread := cmp.Compare(ranks[a.ID].thread, ranks[b.ID].thread)
 		byCPU := cmp.Compare(a.ID, b.ID)
-		switch p {
+		switch p.Profile {
 		case ProfileNUMA, ProfileNUMAStatic:
 			return cmp.Or(byThread, cmp.Compare(ranks[a.ID].turn, ranks[b.ID].turn), near(a, b))
 		case ProfileConservative:

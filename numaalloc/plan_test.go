@@ -17,7 +17,8 @@ var update = flag.Bool("update", false, "rewrite the golden files in testdata")
 
 // TestScripts runs the files in testdata: blocks of a command, a line "----" and
 // what it answers. A machine, described or recorded, comes first; the plans are
-// for it.
+// for it, and go by measured costs once some are given: a row of relative ones per
+// node.
 func TestScripts(t *testing.T) {
 	files, err := fs.Glob(testdata, "testdata/*.txt")
 	if err != nil || len(files) == 0 {
@@ -30,10 +31,11 @@ func TestScripts(t *testing.T) {
 				t.Fatal(err)
 			}
 			var topology *Topology
+			var costs *Costs
 			var out strings.Builder
 			for i, block := range strings.Split(strings.TrimSpace(string(script)), "\n\n") {
 				input, want, _ := strings.Cut(block+"\n", "----\n")
-				got, err := runCommand(t, &topology, input)
+				got, err := runCommand(t, &topology, &costs, input)
 				if err != nil {
 					got = "error: " + err.Error() + "\n"
 				}
@@ -54,15 +56,31 @@ func TestScripts(t *testing.T) {
 	}
 }
 
-func runCommand(t *testing.T, topology **Topology, input string) (string, error) {
+func runCommand(t *testing.T, topology **Topology, costs **Costs, input string) (string, error) {
 	t.Helper()
 	lines := slices.DeleteFunc(strings.Split(strings.TrimSpace(input), "\n"), func(line string) bool { return strings.HasPrefix(line, "#") })
 	words := strings.Fields(lines[0])
 	var err error
 	switch words[0] {
+	case "costs":
+		*costs, err = CostsFromDistances((*topology).CPUNodes(), (*topology).MemoryNodes(), (*topology).Distance)
+		if err != nil {
+			return "", err
+		}
+		(*costs).Source = CostsMeasured
+		for i, line := range lines[1:] {
+			for j, number := range strings.Fields(line) {
+				if (*costs).Relative[i][j], err = strconv.ParseFloat(number, 64); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		return (*costs).String(), nil
 	case "machine":
+		*costs = nil
 		*topology, err = describeMachine(t, lines[1:]).source().read()
 	case "recorded":
+		*costs = nil
 		tree := recordedTree(t, words[1])
 		s := source{root: tree}
 		// Nothing else than the cpuset limited the recorder.
@@ -82,6 +100,7 @@ func runCommand(t *testing.T, topology **Topology, input string) (string, error)
 		if err != nil {
 			t.Fatal(err)
 		}
+		p.Costs = *costs
 		plan, err := p.Plan(*topology)
 		if err != nil {
 			return "", err

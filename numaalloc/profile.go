@@ -29,7 +29,8 @@ type Profile int
 // The profiles.
 const (
 	// ProfileClosest fills the node that the network device is attached to, then
-	// the next nearest one. Without a device, or with one that belongs to no
+	// the one whose CPUs pay least for that node's memory: as measured, else by
+	// the distances. Without a device, or with one that belongs to no
 	// node such as a TAP, it begins at the node with the most usable CPUs.
 	ProfileClosest Profile = iota
 	// ProfileClosestStatic is ProfileClosest without rebalancing.
