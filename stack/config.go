@@ -201,8 +201,10 @@ type Config struct {
 	// the card the frames come through. Default: the node with most CPUs.
 	CloseTo string
 	// MeasureCosts has New measure what memory of each node costs each node's
-	// CPUs, once per process and topology: about 0.3 s per pair of nodes, at
-	// full load. Else Costs goes by the distances that the firmware tells.
+	// CPUs, once per process and topology, so also after CPUs or memory have come
+	// or gone: about 0.3 s per pair of nodes, at full load. Placement, rebalancing
+	// and node pools go by it. Else they go by the distances that the firmware
+	// tells.
 	MeasureCosts bool
 
 	// Steering says who picks the queue of a frame. Default SteeringAuto.
@@ -249,10 +251,13 @@ type Config struct {
 	// HandlerLimit is how long a handler may hold its shard before the watchdog
 	// logs where it is, once per place. Default 10 ms; negative: no watchdog.
 	HandlerLimit time.Duration
-	// OffloadThreads is how many functions that handlers of Serve offload may
-	// run at once per NUMA node, 1 to 1024. Default: the number of CPUs that
-	// the process may use, at least 2.
+	// OffloadThreads is how many functions run at once per NUMA node, those that
+	// handlers of Serve offload and those of NodePool together, at most 1024.
+	// Default: the number of the node's CPUs that the process may use, at least 2.
 	OffloadThreads int
+	// NodeScratch is the size in bytes of the scratch memory that a function in a
+	// NodePool finds, at most 1 GiB. Default 256 KiB.
+	NodeScratch int
 	// Drain is how long Close lets connections send what was written. Default
 	// 500 ms; negative: do not wait.
 	Drain time.Duration
@@ -272,7 +277,6 @@ func (cfg Config) withDefaults() (Config, error) {
 	setDefault(&cfg.HashTypes, HashAll)
 	setDefault(&cfg.MaxConns, DefaultMaxConns)
 	setDefault(&cfg.RxBuffers, DefaultRxBuffers)
-	setDefault(&cfg.OffloadThreads, max(runtime.NumCPU(), 2))
 	setDefault(&cfg.Drain, DefaultDrain)
 	setDefault(&cfg.HandlerLimit, DefaultHandlerLimit)
 	setDefault(&cfg.SendBuffer, DefaultSendBuffer)
@@ -326,7 +330,8 @@ func (cfg *Config) validate() error {
 		inRange("MaxConns", cfg.MaxConns, 1, 1<<30),
 		inRange("SendBuffer", cfg.SendBuffer, minBuffer, maxBuffer),
 		inRange("ReceiveBuffer", cfg.ReceiveBuffer, minBuffer, maxBuffer),
-		inRange("OffloadThreads", cfg.OffloadThreads, 1, 1024),
+		inRange("OffloadThreads", cfg.OffloadThreads, 0, 1024),
+		inRange("NodeScratch", cfg.NodeScratch, 0, maxBuffer),
 		inRange("RxBuffers", cfg.RxBuffers, 1, 1<<20),
 	} {
 		if err != nil {

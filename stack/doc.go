@@ -25,7 +25,9 @@
 // [Stack.Move], [Stack.SetRETA] and [Stack.Drain], or by load ([Rebalance]).
 //
 // Every connection tells the shard, the CPU and the NUMA node where its
-// segments are processed; see [Where].
+// segments are processed; see [Where] and [OnMove]. [Stack.NodePool] runs
+// functions of any goroutine on a node, and [Stack.Costs] says what memory of
+// another node costs.
 //
 // The methods of Stack may be called from any goroutine except from a
 // Handler's events, unless they say otherwise. Only Linux is supported.

@@ -21,6 +21,8 @@ type (
 	Handler = shard.Handler
 	// HalfCloser is a Handler that goes on after the peer has closed its side.
 	HalfCloser = shard.HalfCloser
+	// Mover is a Handler that is told when a connection has come to another shard.
+	Mover = shard.Mover
 	// Conn is a TCP connection as a Handler sees it.
 	Conn = shard.Conn
 	// Datagrams is called on the shard's thread for each UDP datagram.

@@ -5,6 +5,7 @@ package stack_test
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"log"
@@ -106,6 +107,39 @@ func ExampleStack_Serve() {
 	}); err != nil {
 		log.Fatal(err)
 	}
+	ask("tcp", "10.99.0.2:7", "hello")
+	// Output: you said hello
+}
+
+// Work of any goroutine, near a connection.
+func ExampleStack_NodePool() {
+	s, err := stack.New(config)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer s.Close()
+	l, err := s.Listen("tcp", ":7")
+	if err != nil {
+		log.Fatal(err)
+	}
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			log.Fatal(err)
+		}
+		defer c.Close()
+		line, _ := bufio.NewReader(c).ReadBytes('\n') // what is missing is not echoed
+		pool, err := s.NodePool(c.(stack.Where).NUMANode())
+		if err != nil {
+			log.Fatal(err)
+		}
+		if err := pool.Do(context.Background(), func(t *stack.PoolThread) {
+			line = append(append(t.Scratch()[:0], "you said "...), line...) // memory of the connection's node
+			_, _ = c.Write(line)
+		}); err != nil {
+			log.Fatal(err)
+		}
+	}()
 	ask("tcp", "10.99.0.2:7", "hello")
 	// Output: you said hello
 }

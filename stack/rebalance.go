@@ -2,10 +2,10 @@ package stack
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"log/slog"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -88,7 +88,7 @@ type RebalanceStats struct {
 	Moves     uint64 `json:"moves"`      // flow groups moved to even out the load
 	Refused   uint64 `json:"refused"`    // of those, the ones that could not leave
 	CrossNode uint64 `json:"cross_node"` // of those, the ones that left their NUMA node
-	Drains    uint64 `json:"drains"`     // shards drained: low load, or CPU offline
+	Drains    uint64 `json:"drains"`     // shards drained: low load, or CPU gone
 	Resumes   uint64 `json:"resumes"`    // shards that came back
 }
 
@@ -107,10 +107,12 @@ type shards interface {
 //
 // Its goroutine owns all but the counters.
 type rebalancer struct {
-	mode   Rebalance
-	set    shards
-	log    *slog.Logger
-	online func() ([]int, error) // CPUs that are
+	mode  Rebalance
+	set   shards
+	log   *slog.Logger
+	watch func() (t *numaalloc.Topology, changed bool, err error) // as numaalloc.Watch.Look
+	costs func() *Costs
+	adapt func(*numaalloc.Topology) // to a change
 
 	before   []shard.Counters
 	uneven   int          // looks in a row that found a difference
@@ -119,24 +121,27 @@ type rebalancer struct {
 	received map[int]bool // shards that lately got groups, and gave none away since
 	idle     int          // looks in a row that found a shard to spare
 	resting  map[int]bool // shards that were drained to conserve
-	lost     map[int]bool // shards whose CPU is offline; true: drained for that
+	lost     map[int]bool // shards whose CPU is gone; true: drained for that
 
 	moves, refused, crossNode, drains, resumes atomic.Uint64
 
-	stopOnce      sync.Once
-	stop, stopped chan struct{}
+	stop    context.CancelFunc
+	stopped chan struct{}
 }
 
 // startRebalancer begins to look after the shards of a stack.
-func startRebalancer(mode Rebalance, set shards, log *slog.Logger) *rebalancer {
+func startRebalancer(mode Rebalance, set shards, log *slog.Logger, costs func() *Costs, adapt func(context.Context, *numaalloc.Topology)) *rebalancer {
 	r := newRebalancer(mode, set, log)
+	ctx, cancel := context.WithCancel(context.Background())
+	r.watch, r.costs, r.stop = new(numaalloc.Watch).Look, costs, cancel
+	r.adapt = func(t *numaalloc.Topology) { adapt(ctx, t) }
 	go func() {
 		defer close(r.stopped)
 		tick := time.NewTicker(rebalanceEvery)
 		defer tick.Stop()
 		for {
 			select {
-			case <-r.stop:
+			case <-ctx.Done():
 				return
 			case <-tick.C:
 				r.look()
@@ -148,15 +153,15 @@ func startRebalancer(mode Rebalance, set shards, log *slog.Logger) *rebalancer {
 
 func newRebalancer(mode Rebalance, set shards, log *slog.Logger) *rebalancer {
 	return &rebalancer{
-		mode: mode, set: set, log: log, online: numaalloc.OnlineCPUs,
+		mode: mode, set: set, log: log,
 		before: set.Stats(), wanted: rebalanceLooks, received: make(map[int]bool),
 		resting: make(map[int]bool), lost: make(map[int]bool),
-		stop: make(chan struct{}), stopped: make(chan struct{}),
+		stopped: make(chan struct{}),
 	}
 }
 
 func (r *rebalancer) close() {
-	r.stopOnce.Do(func() { close(r.stop) })
+	r.stop()
 	<-r.stopped
 }
 
@@ -181,7 +186,7 @@ func (r *rebalancer) look() {
 	if r.mode == RebalanceConserve && r.conserve(loads) {
 		return
 	}
-	if r.uneven = r.uneven + 1; !uneven(loads) {
+	if r.uneven = r.uneven + 1; !uneven(loads, r.costs()) {
 		r.uneven = 0
 	}
 	if r.unmoved++; r.unmoved%rebalanceForget == 0 {
@@ -234,34 +239,38 @@ func loadsBetween(before, now []shard.Counters) []shardLoad {
 
 // uneven reports whether one shard has much more to do than another that could
 // help it.
-func uneven(loads []shardLoad) bool {
-	busiest, idlest := extremes(loads)
+func uneven(loads []shardLoad, costs *Costs) bool {
+	busiest, idlest := extremes(loads, costs)
 	return idlest != nil && busiest.busy >= rebalanceBusy && busiest.busy-idlest.busy >= rebalanceGap
 }
 
 // extremes returns the busiest shard, and the one to relieve it: the least busy
-// open one of the same node, or of all when that one is no help; nil if there is
-// none.
-func extremes(loads []shardLoad) (busiest, idlest *shardLoad) {
+// open one of the same node, or, when that one is no help, of the node whose CPUs
+// pay least for the memory that a group leaves behind; nil if there is none.
+func extremes(loads []shardLoad, costs *Costs) (busiest, idlest *shardLoad) {
 	for i := range loads {
 		if busiest == nil || loads[i].busy > busiest.busy {
 			busiest = &loads[i]
 		}
 	}
 	var far *shardLoad
+	farCost := 0.0
 	for i := range loads {
 		l := &loads[i]
-		if l.closed || l == busiest {
-			continue
-		}
-		if far == nil || l.busy < far.busy {
-			far = l
-		}
-		if l.node == busiest.node && (idlest == nil || l.busy < idlest.busy) {
-			idlest = l
+		switch {
+		case l.closed || l == busiest:
+		case l.node == busiest.node:
+			if idlest == nil || l.busy < idlest.busy {
+				idlest = l
+			}
+		case busiest.busy-l.busy >= rebalanceGap:
+			cost := costs.Cost(l.node, busiest.node)
+			if far == nil || cost < farCost || cost == farCost && l.busy < far.busy {
+				far, farCost = l, cost
+			}
 		}
 	}
-	if busiest.busy >= rebalanceFar && (idlest == nil || busiest.busy-idlest.busy < rebalanceGap) {
+	if far != nil && busiest.busy >= rebalanceFar && (idlest == nil || busiest.busy-idlest.busy < rebalanceGap) {
 		idlest = far
 	}
 	return busiest, idlest
@@ -273,7 +282,7 @@ func extremes(loads []shardLoad) (busiest, idlest *shardLoad) {
 // away after it had received.
 func (r *rebalancer) even(loads []shardLoad) (inVain bool) {
 	for range rebalanceMoves {
-		from, to := extremes(loads)
+		from, to := extremes(loads, r.costs())
 		if to == nil || from.busy-to.busy < rebalanceDone {
 			return inVain
 		}
@@ -365,21 +374,24 @@ func (r *rebalancer) conserve(loads []shardLoad) bool {
 	return true
 }
 
-// followCPUs drains shards whose CPU went offline: the kernel lets their threads
-// run anywhere then. It returns whether something has changed.
+// followCPUs drains shards whose CPU went offline or out of the cpuset: the kernel
+// lets their threads run anywhere then. It returns whether something has changed.
 func (r *rebalancer) followCPUs(loads []shardLoad) (changed bool) {
-	online, err := r.online()
+	topology, isNew, err := r.watch()
 	if err != nil {
 		return false // no sysfs, no news
 	}
+	if isNew {
+		defer r.adapt(topology)
+	}
 	for _, l := range loads {
 		drained, lost := r.lost[l.id]
-		switch here := slices.Contains(online, l.cpu); {
+		switch here := slices.Contains(topology.AllowedCPUs, l.cpu); {
 		case !here && !lost:
 			changed = true
 			r.lost[l.id] = !l.closed
 			if !l.closed {
-				r.drain(l.id, fmt.Sprintf("CPU %d is offline", l.cpu))
+				r.drain(l.id, fmt.Sprintf("CPU %d is offline or not allowed", l.cpu))
 			}
 		case here && lost:
 			changed = true
@@ -388,7 +400,7 @@ func (r *rebalancer) followCPUs(loads []shardLoad) (changed bool) {
 				r.log.Warn("shard not pinned again", "shard", l.id, "error", err)
 			}
 			if drained {
-				r.resume(l.id, fmt.Sprintf("CPU %d is online", l.cpu))
+				r.resume(l.id, fmt.Sprintf("CPU %d is back", l.cpu))
 			}
 		}
 	}

@@ -6,9 +6,11 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"numastack/numaalloc"
 	"numastack/shard"
 )
 
@@ -106,12 +108,12 @@ func (m *model) watch(r *rebalancer, n int) {
 
 func (m *model) rebalancer(mode Rebalance) *rebalancer {
 	r := newRebalancer(mode, m, slog.New(slog.DiscardHandler))
-	r.online = func() (cpus []int, err error) {
-		for id := range m.nodes {
-			cpus = append(cpus, 10+id)
-		}
-		return cpus, nil
+	var all numaalloc.Topology
+	for id := range m.nodes {
+		all.AllowedCPUs = append(all.AllowedCPUs, 10+id)
 	}
+	r.watch = func() (*numaalloc.Topology, bool, error) { return &all, false, nil }
+	r.costs = func() *Costs { return nil }
 	return r
 }
 
@@ -226,6 +228,35 @@ func TestRebalancePrefersItsNode(t *testing.T) {
 	}
 }
 
+// TestRebalanceGoesByCost: of other nodes, groups go where the memory that they
+// leave behind costs least, while that helps.
+func TestRebalanceGoesByCost(t *testing.T) {
+	nodes := map[int][]int{0: {10}, 1: {11}, 2: {12}}
+	distances := [][]int{{10, 15, 30}, {30, 10, 15}, {15, 30, 10}} // links that run one way round
+	costs, err := numaalloc.CostsFromDistances(nodes, []int{0, 1, 2}, func(from, to int) int { return distances[from][to] })
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newModel([]int{0, 1, 2}, repeat(0.1, 10)...)
+	copy(m.owner, []int{2, 2}) // without costs, shard 1 would be the one
+	r := m.rebalancer(RebalanceAuto)
+	r.costs = func() *Costs { return costs }
+	m.watch(r, rebalanceLooks)
+	if len(m.moved) == 0 || !strings.HasSuffix(m.moved[0], ">2") {
+		t.Errorf("moved %v, want to shard 2, whose node pays least for the memory of node 0", m.moved)
+	}
+	m = newModel([]int{0, 1, 2}, repeat(0.1, 20)...)
+	for g := 10; g < 18; g++ {
+		m.owner[g] = 2 // it is at 80 %: no help
+	}
+	r = m.rebalancer(RebalanceAuto)
+	r.costs = func() *Costs { return costs }
+	m.watch(r, rebalanceLooks)
+	if len(m.moved) == 0 || !strings.HasSuffix(m.moved[0], ">1") {
+		t.Errorf("moved %v, want to shard 1: shard 2 has its own to do", m.moved)
+	}
+}
+
 func TestRebalanceLeavesServedGroups(t *testing.T) {
 	m := newModel([]int{0, 0}, repeat(0.2, 4)...)
 	m.served = map[int]bool{0: true, 1: true, 2: true}
@@ -293,16 +324,22 @@ func TestFollowCPUs(t *testing.T) {
 	m := newModel([]int{0, 0, 0}, repeat(0.1, 6)...)
 	copy(m.owner, []int{0, 1, 2, 0, 1, 2})
 	r := m.rebalancer(RebalanceOff)
-	all := r.online
+	all := r.watch
 	if err := m.Drain(2); err != nil {
 		t.Fatal(err)
 	}
-	r.online = func() ([]int, error) { return []int{0, 10}, nil }
+	var adapted []*numaalloc.Topology
+	r.adapt = func(t *numaalloc.Topology) { adapted = append(adapted, t) }
+	fewer := &numaalloc.Topology{AllowedCPUs: []int{0, 10}}
+	r.watch = func() (*numaalloc.Topology, bool, error) { return fewer, len(adapted) == 0, nil }
 	m.watch(r, 3)
 	if want := map[int]bool{1: true, 2: false}; !m.draining[1] || !maps.Equal(r.lost, want) {
 		t.Errorf("draining %v, lost %v; want %v", m.draining, r.lost, want)
 	}
-	r.online = all
+	if len(adapted) != 1 || adapted[0] != fewer {
+		t.Errorf("adapted to %v, want once to the topology without the CPUs", adapted)
+	}
+	r.watch = all
 	m.watch(r, 3)
 	if m.draining[1] || !m.draining[2] || !slices.Equal(m.pinned, []int{1, 2}) {
 		t.Errorf("draining %v, pinned %v; want shard 1 back, shard 2 drained, both pinned", m.draining, m.pinned)

@@ -1,12 +1,15 @@
 package stack
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"runtime"
+	"sync/atomic"
 
 	"numastack/dispatch"
+	"numastack/numaalloc"
 	"numastack/shard"
 )
 
@@ -18,10 +21,12 @@ type Stack struct {
 	program  *dispatch.Program // nil with user-space steering
 	marker   *dispatch.Marker  // nil with user-space steering, or without the right to have one
 	set      *shard.Set
-	balance  *rebalancer // nil with one shard
+	balance  *rebalancer // nil with one shard on one node
 	plan     *Placement
-	costs    *Costs
 	steering Steering
+
+	costs    atomic.Pointer[Costs] // the rebalancer writes
+	topology *numaalloc.Topology   // owned by the rebalancer after New
 }
 
 // New opens the device and starts the shards. The error says which part of cfg
@@ -31,7 +36,15 @@ func New(cfg Config) (_ *Stack, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("stack config: %w", err)
 	}
-	topology, plan, err := cfg.place()
+	topology, err := numaalloc.ReadTopology()
+	if err != nil {
+		return nil, err
+	}
+	costs, err := cfg.costs(context.Background(), topology)
+	if err != nil {
+		return nil, err
+	}
+	plan, err := cfg.place(topology, costs)
 	if err != nil {
 		return nil, err
 	}
@@ -43,11 +56,8 @@ func New(cfg Config) (_ *Stack, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("stack config: %w", err)
 	}
-	costs, err := cfg.costs(topology)
-	if err != nil {
-		return nil, err
-	}
-	s := &Stack{cfg: cfg, plan: plan, costs: costs}
+	s := &Stack{cfg: cfg, plan: plan, topology: topology}
+	s.costs.Store(costs)
 	defer func() {
 		if err != nil {
 			_ = s.release() // the first error is the one to tell
@@ -83,6 +93,8 @@ func New(cfg Config) (_ *Stack, err error) {
 		Queues:         queues,
 		MTU:            cfg.MTU,
 		GSO:            cfg.Offload == OffloadAuto,
+		Topology:       topology,
+		Costs:          costs,
 		CPUs:           cfg.CPUs,
 		MemoryNodes:    memoryNodes(topology, plan),
 		RETA:           reta,
@@ -98,14 +110,15 @@ func New(cfg Config) (_ *Stack, err error) {
 		RxBuffers:      cfg.RxBuffers,
 		HandlerLimit:   cfg.HandlerLimit,
 		OffloadThreads: cfg.OffloadThreads,
+		NodeScratch:    cfg.NodeScratch,
 		MaxConns:       (cfg.MaxConns + cfg.Shards - 1) / cfg.Shards,
 		Drain:          cfg.Drain,
 		Logger:         cfg.Logger,
 	}); err != nil {
 		return nil, err
 	}
-	if cfg.Shards > 1 {
-		s.balance = startRebalancer(cfg.rebalance(), s.set, cfg.Logger)
+	if cfg.Shards > 1 || len(topology.Nodes) > 1 {
+		s.balance = startRebalancer(cfg.rebalance(), s.set, cfg.Logger, s.Costs, s.adapt)
 	}
 	cfg.Logger.Info("stack is up",
 		"device", cfg.Device, "mtu", cfg.MTU, "offloads", s.device.Offloads().String(),
@@ -220,6 +233,9 @@ type Stats struct {
 	KernelDropped uint64 `json:"kernel_dropped"`
 
 	Rebalance RebalanceStats `json:"rebalance"`
+
+	// Pools are the node pools that were used, by [Offload] too.
+	Pools []PoolStats `json:"pools,omitempty"`
 }
 
 // ShardStats is what one shard has counted.
@@ -228,7 +244,7 @@ type ShardStats = shard.Counters
 // Stats returns the counters of all shards; after Close, the last ones. It
 // waits for each shard to finish a turn.
 func (s *Stack) Stats() Stats {
-	stats := Stats{Shards: s.set.Stats()}
+	stats := Stats{Shards: s.set.Stats(), Pools: s.set.PoolStats()}
 	if s.balance != nil {
 		stats.Rebalance = s.balance.stats()
 	}

@@ -29,6 +29,34 @@ var (
 	_ Where = (*shard.ServedConn)(nil)
 )
 
+// OnMove has f called whenever conn has come to another shard, with its number
+// and its CPU and NUMA node: for a connection of Listen or DialContext, TCP or
+// UDP, also below a *tls.Conn or the like. It returns false, and f is never
+// called, for any other: one of Serve stays on its shard, and a Handler has a
+// method Move for that ([Mover]). A nil f ends the calls.
+//
+// f is called by the thread of the new shard, before that processes anything of
+// the connection, one call after the other. It must return soon and not block:
+// conn's own methods may wait for that very thread, except Shard, CPU and
+// NUMANode. Have it store where the connection is, or tell a goroutine by a
+// buffered channel. To miss no move, call OnMove first and then look where conn
+// is.
+func OnMove(conn net.Conn, f func(shard, cpu, node int)) bool {
+	for {
+		switch c := conn.(type) {
+		case interface {
+			OnMove(f func(shard, cpu, node int))
+		}:
+			c.OnMove(f)
+			return true
+		case interface{ NetConn() net.Conn }:
+			conn = c.NetConn()
+		default:
+			return false
+		}
+	}
+}
+
 type whereKey struct{}
 
 // ConnContext is for the field of that name of an http.Server: request contexts

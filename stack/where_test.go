@@ -79,3 +79,33 @@ func TestWhereOf(t *testing.T) {
 		}
 	}
 }
+
+// movingConn is a connection that can tell of its moves.
+type movingConn struct {
+	net.Conn
+	told *func(shard, cpu, node int)
+}
+
+func (c movingConn) OnMove(f func(shard, cpu, node int)) { *c.told = f }
+
+// TestOnMove: the function reaches the connection of the stack, wherever it is.
+func TestOnMove(t *testing.T) {
+	pipe, _ := net.Pipe()
+	var told func(shard, cpu, node int)
+	conn := movingConn{pipe, &told}
+	for _, c := range []net.Conn{conn, tls.Server(conn, nil)} {
+		at := 0
+		if !OnMove(c, func(shard, cpu, node int) { at = shard + 10*cpu + 100*node }) {
+			t.Errorf("OnMove of %T did not find the connection", c)
+		}
+		if told(1, 2, 3); at != 321 {
+			t.Errorf("the function was told of %d, want shard 1, CPU 2, node 3", at)
+		}
+		if !OnMove(c, nil) || told != nil {
+			t.Errorf("OnMove(%T, nil) did not end the calls", c)
+		}
+	}
+	if OnMove(pipe, func(int, int, int) {}) || OnMove(tls.Server(pipe, nil), func(int, int, int) {}) {
+		t.Error("OnMove of a pipe says that it will tell")
+	}
+}
