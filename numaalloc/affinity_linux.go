@@ -19,10 +19,10 @@ const maxThreadName = 15
 // that Pin has set. Immutable.
 var cpusAtStart, errAtStart = affinity(os.Getpid())
 
-// AllowedCPUs returns the CPUs the process was allowed to use when it
+// allowedAtStart returns the CPUs the process was allowed to use when it
 // started, ascending: what taskset(1) or its cpuset left it, not what Pin did
 // to single threads since. The caller may change the result.
-func AllowedCPUs() ([]int, error) {
+func allowedAtStart() ([]int, error) {
 	if errAtStart != nil {
 		return nil, fmt.Errorf("allowed cpus: %w", errAtStart)
 	}

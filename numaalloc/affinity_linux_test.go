@@ -24,7 +24,7 @@ func onOwnThread(f func()) {
 }
 
 func TestPin(t *testing.T) {
-	allowed, err := AllowedCPUs()
+	allowed, err := allowedAtStart()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,15 +42,15 @@ func TestPin(t *testing.T) {
 				t.Errorf("thread pinned to %d runs on %d (%v)", cpu, current, err)
 			}
 			// What Pin did to this thread is not what the process may do.
-			if again, err := AllowedCPUs(); err != nil || !slices.Equal(again, allowed) {
-				t.Errorf("AllowedCPUs after Pin = %v (%v), want %v", again, err, allowed)
+			if again, err := allowedAtStart(); err != nil || !slices.Equal(again, allowed) {
+				t.Errorf("allowedAtStart after Pin = %v (%v), want %v", again, err, allowed)
 			}
 		})
 	}
 }
 
 func TestPinErrors(t *testing.T) {
-	allowed, err := AllowedCPUs()
+	allowed, err := allowedAtStart()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -71,26 +71,22 @@ func TestPinErrors(t *testing.T) {
 	}
 }
 
-func TestAllowedCPUsAreOnlineAndHaveANode(t *testing.T) {
-	online, err := OnlineCPUs()
-	if err != nil {
-		t.Fatal(err)
-	}
-	allowed, err := AllowedCPUs()
-	if err != nil || len(allowed) == 0 {
-		t.Fatalf("AllowedCPUs = %v (%v), want at least one", allowed, err)
-	}
-	for _, cpu := range allowed {
-		if !slices.Contains(online, cpu) {
-			t.Errorf("cpu %d is allowed, but online are %v", cpu, online)
-		}
-		if node, err := NodeOf(cpu); err != nil || node < 0 {
-			t.Errorf("NodeOf(%d) = %d (%v)", cpu, node, err)
-		}
-	}
+// The CPUs allowed at start are those that the topology allows, on nodes that it
+// has.
+func TestAllowedCPUsHaveANode(t *testing.T) {
 	topology, err := ReadTopology()
 	if err != nil {
 		t.Fatal(err)
+	}
+	allowed, err := allowedAtStart()
+	if err != nil || !slices.Equal(allowed, topology.AllowedCPUs) {
+		t.Fatalf("allowed at start are %v (%v), by the topology %v", allowed, err, topology.AllowedCPUs)
+	}
+	for _, id := range allowed {
+		cpu, _ := topology.CPU(id)
+		if node, exists := topology.Node(cpu.Node); !exists || !slices.Contains(node.CPUs, id) {
+			t.Errorf("CPU %d is %+v, and its node %+v", id, cpu, node)
+		}
 	}
 	plan, err := Placement{Shards: len(allowed) + 1}.Plan(topology)
 	if err != nil {

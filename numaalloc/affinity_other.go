@@ -8,8 +8,8 @@ import (
 	"runtime"
 )
 
-// AllowedCPUs returns every CPU the Go runtime sees.
-func AllowedCPUs() ([]int, error) {
+// allowedNow returns every CPU the Go runtime sees.
+func allowedNow() ([]int, error) {
 	cpus := make([]int, runtime.NumCPU())
 	for i := range cpus {
 		cpus[i] = i

@@ -18,19 +18,11 @@ import (
 // cpuNodes returns the CPUs that this process may use, by node.
 func cpuNodes(t *testing.T) map[int][]int {
 	t.Helper()
-	allowed, err := AllowedCPUs()
+	topology, err := ReadTopology()
 	if err != nil {
 		t.Fatal(err)
 	}
-	nodes := make(map[int][]int)
-	for _, cpu := range allowed {
-		node, err := NodeOf(cpu)
-		if err != nil {
-			t.Fatal(err)
-		}
-		nodes[node] = append(nodes[node], cpu)
-	}
-	return nodes
+	return topology.CPUNodes()
 }
 
 // TestMeasure sees that every pair gets a figure that can be one. What it should
@@ -149,7 +141,7 @@ func TestMeasureUnmapsItsMemory(t *testing.T) {
 }
 
 func TestOnPinnedThread(t *testing.T) {
-	allowed, err := AllowedCPUs()
+	allowed, err := allowedAtStart()
 	if err != nil {
 		t.Fatal(err)
 	}

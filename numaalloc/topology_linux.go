@@ -14,11 +14,11 @@ import (
 // out. Affinity masks tell neither: threads have been pinned since.
 func allowedNow() ([]int, error) {
 	if errAtStart != nil {
-		return AllowedCPUs()
+		return allowedAtStart()
 	}
 	cpuset, err := readCPUSet()
 	if err != nil {
-		return AllowedCPUs() // a sandbox that forbids it: nobody widens its cpuset
+		return allowedAtStart() // a sandbox that forbids it: nobody widens its cpuset
 	}
 	if maskAtStart() {
 		cpuset = slices.DeleteFunc(cpuset, func(cpu int) bool { return !slices.Contains(cpusAtStart, cpu) })

@@ -1,5 +1,0 @@
-//go:build !linux
-
-package numaalloc
-
-func allowedNow() ([]int, error) { return AllowedCPUs() }
