@@ -121,7 +121,7 @@ type PoolStats struct {
 	Node    int    `json:"node"`
 	Threads int    `json:"threads"` // started so far
 	Load    int    `json:"load"`    // functions that run or wait now
-	Ran     uint64 `json:"ran"`     // functions that its threads ran, from other nodes too
+	Ran     uint64 `json:"ran"`     // functions that its threads have begun, also those of other nodes
 	Spilled uint64 `json:"spilled"` // functions of this node that ran on another
 	Waits   uint64 `json:"waits"`   // calls of Do that found the queue full
 }
@@ -365,9 +365,9 @@ func (p *NodePool) thread() {
 	for task, ok := p.next(); ok; task, ok = p.next() {
 		t.settle(p.place.Load())
 		t.busy = true
+		p.ran.Add(1) // before, so that who has waited for the task sees it
 		task.Run(t)
 		t.busy = false
-		p.ran.Add(1)
 		p.load.Add(-1)
 	}
 }
