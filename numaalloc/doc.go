@@ -6,6 +6,8 @@
 //	             on the shard's thread:     ├──► Pin
 //	                                        └──► NewArena, Adopt: buffers bound to the node
 //
+// [NodePools] are threads on each node that run functions for others.
+//
 // [Watch] tells when CPUs or memory come and go. [Measure] finds out what memory
 // of one node costs the CPUs of another; [CostsFromDistances] believes the
 // firmware instead. [Where] and [Arena.Verify] ask the kernel where pages are.

@@ -35,7 +35,12 @@ type rxBuffer struct {
 
 // rxBuffers are the receive buffers of a shard. A free one that was used last
 // is used next, so that bulk traffic stays in few hot buffers; the ones whose
-// payload a connection holds are lent, and come back when it has been read.
+// payload a connection holds are lent, and come back when it has been read: who
+// drops the last reference counts it down, on any thread, and sweep sees that.
+//
+// All have the size of the largest frame, also where frames are no longer than
+// the MTU: those of the usual one are copied, so that one buffer serves, and with
+// MTU 9000 smaller buffers were not faster.
 //
 // Owned by the shard's thread.
 type rxBuffers struct {

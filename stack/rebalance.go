@@ -52,7 +52,7 @@ const (
 	// A difference between two shards is acted on when it was rebalanceGap or
 	// more in rebalanceLooks looks in a row and the busier shard is at
 	// rebalanceBusy or above: below that nobody waits. For a move to another NUMA
-	// node that is rebalanceFar, as buffers stay behind. Groups are moved until
+	// node that is rebalanceFar, as memory stays behind. Groups are moved until
 	// the difference is below rebalanceDone, or a move would only turn it around.
 	rebalanceGap   = 0.20
 	rebalanceDone  = 0.08
