@@ -159,6 +159,11 @@ func NewPools(cfg PoolConfig) (*NodePools, error) {
 		all.pools = append(all.pools, p)
 	}
 	all.Follow(cfg.Topology, cfg.Costs)
+	for _, p := range all.pools {
+		if p.place.Load() == nil {
+			return nil, fmt.Errorf("node pools: Topology: none of its nodes has one of the CPUs %s", FormatCPUList(cfg.Topology.AllowedCPUs))
+		}
+	}
 	return all, nil
 }
 

@@ -212,6 +212,7 @@ func TestPoolConfigErrors(t *testing.T) {
 	}{
 		{PoolConfig{}, "Topology"},
 		{PoolConfig{Topology: &Topology{}}, "Topology"},
+		{PoolConfig{Topology: &Topology{Nodes: []Node{{}}, CPUs: []CPU{{ID: 3, Node: -1}}, AllowedCPUs: []int{3}}}, "none of its nodes has one of the CPUs 3"},
 		{PoolConfig{Topology: topology, Threads: -1}, "Threads: -1, want 0 (default) to"},
 		{PoolConfig{Topology: topology, Queue: 1<<20 + 1}, "Queue: 1048577, want"},
 		{PoolConfig{Topology: topology, Scratch: -5}, "Scratch: -5, want"},

@@ -305,8 +305,8 @@ func (co *ServedConn) Sleep(d time.Duration) error {
 	return nil
 }
 
-// Offload runs f on a thread of the shard's NUMA node, other than the shard's,
-// and returns when it has ended. A panic in f is one in the handler.
+// Offload runs f in the pool of the shard's NUMA node (numaalloc.NodePools) and
+// returns when it has ended. A panic in f is one in the handler.
 func (co *ServedConn) Offload(f func()) {
 	var panicked any
 	co.task = func() {

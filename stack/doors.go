@@ -71,7 +71,7 @@ func (s *Stack) Serve(network, address string, h func(net.Conn)) (net.Listener, 
 // ServedConn is the connection of a handler that Serve runs.
 type ServedConn = shard.ServedConn
 
-// Offload runs f on another thread of the NUMA node when conn belongs to a
+// Offload runs f in the NodePool of the shard's NUMA node when conn belongs to a
 // handler of Serve, also below a *tls.Conn or the like, and returns when f has
 // ended; the shard goes on meanwhile. With any other conn it just calls f.
 func Offload(conn net.Conn, f func()) {

@@ -84,7 +84,9 @@ func (cfg *Config) costs(ctx context.Context, topology *numaalloc.Topology) (*Co
 		if err == nil {
 			return costs, nil
 		}
-		cfg.Logger.Warn("memory not measured, the firmware's distances count", "error", err)
+		if ctx.Err() == nil {
+			cfg.Logger.Warn("memory not measured, the firmware's distances count", "error", err)
+		}
 	}
 	return numaalloc.CostsFromDistances(topology.CPUNodes(), topology.MemoryNodes(), topology.Distance)
 }

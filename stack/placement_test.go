@@ -2,12 +2,14 @@ package stack
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"numastack/numaalloc"
 )
@@ -109,5 +111,64 @@ func TestAdapt(t *testing.T) {
 		}
 	}); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestFollowsMachine takes a CPU of a shard offline and brings it back: the
+// machine's topology changes, so it runs in a guest made for that.
+func TestFollowsMachine(t *testing.T) {
+	if os.Getenv("NUMASTACK_GUEST") == "" {
+		t.Skip("takes CPUs offline: runs with NUMASTACK_GUEST=1, in a throw-away guest only")
+	}
+	s := openStack(t, Config{Shards: 2, Profile: ProfileNUMA})
+	place := s.Placement().Shards[1]
+	topology, err := numaalloc.ReadTopology()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cpus := topology.CPUNodes()[place.Node]
+	pool, err := s.NodePool(place.Node)
+	if err != nil {
+		t.Fatal(err)
+	}
+	poolCPUs := func() (list string) {
+		if err := pool.Do(t.Context(), func(*PoolThread) {
+			status, err := os.ReadFile("/proc/thread-self/status")
+			if err != nil {
+				t.Error(err)
+			}
+			_, list, _ = strings.Cut(string(status), "Cpus_allowed_list:\t")
+			list, _, _ = strings.Cut(list, "\n")
+		}); err != nil {
+			t.Error(err)
+		}
+		return list
+	}
+	if len(cpus) < 2 || len(topology.CPUNodes()) < 2 {
+		t.Skip("takes two nodes with two CPUs")
+	}
+	if list := poolCPUs(); list != numaalloc.FormatCPUList(cpus) {
+		t.Errorf("threads of the pool are on CPUs %s, want %v", list, cpus)
+	}
+	for _, online := range []bool{false, true} {
+		state, left := "0", slices.DeleteFunc(slices.Clone(cpus), func(cpu int) bool { return cpu == place.CPU })
+		if online {
+			state, left = "1", cpus
+		}
+		before := s.Costs()
+		if err := os.WriteFile(fmt.Sprintf("/sys/devices/system/cpu/cpu%d/online", place.CPU), []byte(state), 0); err != nil {
+			t.Fatal(err)
+		}
+		for deadline := time.Now().Add(20 * time.Second); s.set.Draining()[1] == online || s.Costs() == before; time.Sleep(50 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("CPU %d online is %t, and yet shard 1 drained is %t, costs are new %t", place.CPU, online, !online, s.Costs() != before)
+			}
+		}
+		if list := poolCPUs(); list != numaalloc.FormatCPUList(left) {
+			t.Errorf("CPU %d online %t: threads of the pool are on CPUs %s, want %v", place.CPU, online, list, left)
+		}
+		if groups := len(s.Stats().Shards[1].Groups); (groups > 0) != online {
+			t.Errorf("CPU %d online %t: shard 1 has %d flow groups", place.CPU, online, groups)
+		}
 	}
 }
