@@ -258,7 +258,7 @@ func (p *NodePool) Stats() PoolStats {
 // Do runs f on a thread of the node, or of another as [NodePools] says, and
 // returns when it has ended. While the queue is full and while f waits in it, ctx
 // counts: when that is done before f has begun, f does not run, and the error
-// wraps the context's. After Close it wraps net.ErrClosed. A panic of f is one of
+// wraps the context's cause. After Close it wraps net.ErrClosed. A panic of f is one of
 // Do, with the stack it happened on.
 //
 // f may block, which keeps others from its thread. When f calls Do in turn, it
@@ -369,10 +369,12 @@ func (p *NodePool) thread() {
 	defer t.end()
 	for task, ok := p.next(); ok; task, ok = p.next() {
 		t.settle(p.place.Load())
-		t.busy = true
-		p.ran.Add(1) // before, so that who has waited for the task sees it
-		task.Run(t)
-		t.busy = false
+		if c, isCall := task.(*poolCall); !isCall || c.take(p.all) {
+			p.ran.Add(1) // before, so that who has waited for the task sees it
+			t.busy = true
+			task.Run(t)
+			t.busy = false
+		}
 		p.load.Add(-1)
 	}
 }
@@ -500,17 +502,19 @@ type poolCall struct {
 	panicked any           // written before that
 }
 
-// Run implements PoolTask.
-func (c *poolCall) Run(t *PoolThread) {
+// take leaves the queue, and returns false if the function was withdrawn.
+func (c *poolCall) take(all *NodePools) bool {
 	<-c.room
 	select {
-	case <-t.pool.all.done:
-		return
+	case <-all.done:
+		return false
 	default:
+		return c.taken.CompareAndSwap(false, true)
 	}
-	if !c.taken.CompareAndSwap(false, true) {
-		return // withdrawn
-	}
+}
+
+// Run implements PoolTask.
+func (c *poolCall) Run(t *PoolThread) {
 	defer close(c.ended)
 	defer func() {
 		if r := recover(); r != nil {
