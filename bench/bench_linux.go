@@ -26,6 +26,8 @@ type bench struct {
 	apps                 string // folder of the built applications
 	serverCPU, clientCPU int
 	wrk                  string // file of the HTTP client; empty: this program
+	// rates of the rows with loadLatency, in requests/s, once they are known.
+	rates map[string]float64
 }
 
 // run builds what is needed outside of the namespace, and measures inside. Every child is
@@ -49,7 +51,7 @@ func run(ctx context.Context, o options, args []string) error {
 	if err := prepareSandbox(); err != nil {
 		return err
 	}
-	b := bench{options: o, apps: os.Getenv(appsVar)}
+	b := bench{options: o, apps: os.Getenv(appsVar), rates: map[string]float64{}}
 	if o.demo {
 		return b.runDemo(ctx)
 	}
@@ -121,10 +123,10 @@ func (b *bench) measure(ctx context.Context) (map[string]map[string][]sample, []
 				samples[r.name] = map[string][]sample{}
 			}
 			var line strings.Builder
-			fmt.Fprintf(&line, "round %d/%d  %-15s", round+1, b.rounds, r.name)
+			fmt.Fprintf(&line, "round %d/%d  %-20s", round+1, b.rounds, r.name)
 			for i := range b.peers {
 				peer := b.peers[(i+round)%len(b.peers)]
-				if !r.measures(peer) {
+				if !r.measures(peer) || round >= r.peerRounds(peer, b.options) {
 					continue
 				}
 				s, shared := taken[r.key(peer)]
@@ -152,16 +154,59 @@ func (b *bench) measure(ctx context.Context) (map[string]map[string][]sample, []
 
 // sample starts a peer, loads it once and stops it.
 func (b *bench) sample(ctx context.Context, peer string, r row) (sample, error) {
+	rate, err := b.rate(ctx, r)
+	if err != nil {
+		return sample{}, err
+	}
 	s, err := startPeer(ctx, peer, r, b)
 	if err != nil {
 		return sample{}, err
 	}
-	out, err := b.load(ctx, clientSpec{
+	spec := clientSpec{
 		Load: r.load, Door: r.door, Conns: b.conns(r), Server: netip.MustParseAddr(s.addr), ServerPID: s.pid(),
+		Size: r.messageSize(), GSO: r.size == udpGSO, Rate: rate,
 		Warmup: warmup, Duration: b.duration, Wrk: b.wrk, Ports: wellKnownPorts,
-	}, b.clientCPU)
+	}
+	if peer == peerLimit {
+		spec = spec.limit(r.linkMTU())
+	}
+	out, err := b.load(ctx, spec, b.clientCPU)
 	// A server that did not survive its load explains the client's error.
 	return out, errors.Join(err, s.stop())
+}
+
+// limit returns the client for the peer limit, which has no TCP: streams become datagrams of
+// the MTU's size, as many in a frame as fit.
+func (s clientSpec) limit(mtu int) clientSpec {
+	switch s.Load {
+	case loadBulkIn:
+		s.Load, s.Size, s.GSO = loadUDPIn, mtu-udpHeaders, true
+	case loadBulkOut:
+		s.Load, s.Size, s.GSO = loadUDPOut, mtu-udpHeaders, true
+	default:
+	}
+	s.Link = limitTAP
+	return s
+}
+
+// latencyLoad is the part of numastack's throughput at which latencies are measured.
+const latencyLoad = 0.5
+
+// rate returns how many requests/s r's client sends, 0 for as many as are answered. The first
+// call measures what numastack does when the client waits for answers; all peers get the
+// same part of that.
+func (b *bench) rate(ctx context.Context, r row) (float64, error) {
+	if r.load != loadLatency || b.rates[r.name] != 0 {
+		return b.rates[r.name], nil
+	}
+	closed := r
+	closed.load = loadPingPong
+	s, err := b.sample(ctx, peerNumastack, closed)
+	if err != nil {
+		return 0, fmt.Errorf("throughput that the rate is a part of: %w", err)
+	}
+	b.rates[r.name] = latencyLoad * perSecond(s)
+	return b.rates[r.name], nil
 }
 
 // load runs one client process.

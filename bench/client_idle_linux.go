@@ -42,7 +42,7 @@ func (s clientSpec) idle() (sample, error) {
 		if err := setBlocking(fd); err != nil {
 			return sample{}, err
 		}
-		var r request
+		r := newRequest(messageBytes)
 		if err := r.send(fd, uint64(i), 0, time.Now()); err != nil {
 			return sample{}, fmt.Errorf("connection %d: %w", i, err)
 		}

@@ -17,20 +17,25 @@ type clientSpec struct {
 	Load      load          `json:"load"`
 	Door      door          `json:"door"` // chooses the server's HTTP library
 	Conns     int           `json:"conns"`
+	Size      int           `json:"size"` // of a request or datagram in bytes; 0: messageBytes
+	GSO       bool          `json:"gso"`  // many datagrams in a frame
+	Rate      float64       `json:"rate"` // of loadLatency, in requests/s
 	Server    netip.Addr    `json:"server"`
 	ServerPID int           `json:"server_pid"` // whose CPU time to note
 	Warmup    time.Duration `json:"warmup_ns"`
 	Duration  time.Duration `json:"duration_ns"`
 	Wrk       string        `json:"wrk"` // file of the HTTP client wrk; empty: use our own
+	// Link, when set, is the TAP whose frames tell what the server received.
+	Link string `json:"link"`
 	// Ports is for tests, which cannot always have the well-known ones.
 	Ports ports `json:"ports"`
 }
 
-type ports struct{ Echo, Discard, Chargen, FastHTTP, NetHTTP, Memory uint16 }
+type ports struct{ Echo, Discard, Chargen, FastHTTP, NetHTTP, Memory, Count uint16 }
 
 var wellKnownPorts = ports{
 	Echo: portEcho, Discard: portDiscard, Chargen: portChargen,
-	FastHTTP: portFastHTTP, NetHTTP: portNetHTTP, Memory: portMemory,
+	FastHTTP: portFastHTTP, NetHTTP: portNetHTTP, Memory: portMemory, Count: portCount,
 }
 
 // http returns the port of the library that stands for d.
@@ -59,6 +64,10 @@ func (s clientSpec) deadline() time.Duration {
 		d += time.Second // wrk measures whole seconds
 	case loadIdle:
 		d += idleSettle + time.Duration(s.Conns)*idleOpenLimit
+	case loadLatency:
+		d += latencyDrain
+	case loadUDPIn:
+		d += 2 * stallTimeout // two drains
 	default:
 	}
 	return d
@@ -75,7 +84,13 @@ func (s clientSpec) run() (sample, error) {
 	case s.Load == loadPingPong && s.Conns == 1:
 		out, err = s.pingPongOne()
 	case s.Load == loadPingPong:
-		out, err = s.exchangeMany(s.Ports.Echo, func() exchange { return new(request) })
+		out, err = s.exchangeMany(s.Ports.Echo, func() exchange { return newRequest(s.messageSize()) })
+	case s.Load == loadLatency:
+		out, err = s.latency()
+	case s.Load == loadUDPIn:
+		out, err = s.udpIn()
+	case s.Load == loadUDPOut:
+		out, err = s.udpOut()
 	case s.Load == loadShort:
 		out, err = s.short()
 	case s.Load == loadHTTP:
@@ -89,6 +104,13 @@ func (s clientSpec) run() (sample, error) {
 		return sample{}, fmt.Errorf("%s, %d connections to %s: %w", s.Load, s.Conns, s.Server, err)
 	}
 	return out, nil
+}
+
+func (s clientSpec) messageSize() int {
+	if s.Size == 0 {
+		return messageBytes
+	}
+	return s.Size
 }
 
 // meter turns operations into a sample. It ignores what happens before the window opens.
@@ -242,23 +264,32 @@ func reset(fd int) {
 // request is the one outstanding request of a connection. Its bytes differ from request to
 // request, so an answer that is late, lost or another's is noticed.
 type request struct {
-	want [messageBytes]byte
-	got  [messageBytes]byte
-	n    int // bytes of got that have arrived
-	sent time.Time
+	want, got []byte
+	n         int // bytes of got that have arrived
+	sent      time.Time
 }
 
-// send writes the next request. 64 bytes always fit: nothing else is in the socket.
+// newRequest makes requests of size bytes.
+func newRequest(size int) *request {
+	r := &request{want: make([]byte, size), got: make([]byte, size)}
+	copy(r.want, chargenBytes)
+	return r
+}
+
+// send writes the next request. It always fits: nothing else is in the socket, and the
+// socket's buffer is larger (net.ipv4.tcp_wmem, as grown by tcp_init_buffer_space).
 func (r *request) send(fd int, id, seq uint64, now time.Time) error {
-	binary.LittleEndian.PutUint64(r.want[:], id)
-	binary.LittleEndian.PutUint64(r.want[8:], seq)
+	var mark [16]byte
+	binary.LittleEndian.PutUint64(mark[:], seq)
+	binary.LittleEndian.PutUint64(mark[8:], id)
+	copy(r.want, mark[:])
 	r.n, r.sent = 0, now
-	n, err := unix.Write(fd, r.want[:])
+	n, err := unix.Write(fd, r.want)
 	if err != nil {
 		return fmt.Errorf("write: %w", err)
 	}
-	if n != messageBytes {
-		return fmt.Errorf("write took %d of %d bytes", n, messageBytes)
+	if n != len(r.want) {
+		return fmt.Errorf("write took %d of %d bytes", n, len(r.want))
 	}
 	return nil
 }
@@ -272,13 +303,14 @@ func (r *request) receive(fd int) (complete bool, err error) {
 	case err != nil:
 		return false, fmt.Errorf("read: %w", err)
 	case n == 0:
-		return false, fmt.Errorf("read: the server closed the connection after %d of %d bytes", r.n, messageBytes)
+		return false, fmt.Errorf("read: the server closed the connection after %d of %d bytes", r.n, len(r.want))
 	}
-	if r.n += n; r.n < messageBytes {
+	if r.n += n; r.n < len(r.want) {
 		return false, nil
 	}
-	if !bytes.Equal(r.got[:], r.want[:]) {
-		return false, fmt.Errorf("the answer is not the request: sent % x, got % x", r.want[:16], r.got[:16])
+	if !bytes.Equal(r.got, r.want) {
+		first := min(len(r.want), 16)
+		return false, fmt.Errorf("the answer is not the request: sent % x, got % x", r.want[:first], r.got[:first])
 	}
 	return true, nil
 }

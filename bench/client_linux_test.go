@@ -3,10 +3,12 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -48,11 +50,11 @@ func (c countingConn) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// serveLoopback runs the servers of the peers in this process until the test ends.
-func serveLoopback(t *testing.T) (ports, *countingListener) {
+// serveLoopback runs the servers of the peers in this process until the test ends. It returns
+// their TCP ports, and those that the UDP loads use.
+func serveLoopback(t *testing.T) (p, udp ports, counts *countingListener) {
 	t.Helper()
-	counts := &countingListener{conns: new(atomic.Int64), read: new(atomic.Int64), written: new(atomic.Int64)}
-	var p ports
+	counts = &countingListener{conns: new(atomic.Int64), read: new(atomic.Int64), written: new(atomic.Int64)}
 	listen := func(port uint16) (net.Listener, error) {
 		l, err := net.Listen("tcp4", "127.0.0.1:0")
 		if err != nil {
@@ -72,12 +74,28 @@ func serveLoopback(t *testing.T) (ports, *countingListener) {
 			p.NetHTTP = got
 		case portMemory:
 			p.Memory = got
+		case portCount:
+			p.Count = got
 		}
 		return countingListener{l, counts.conns, counts.read, counts.written}, nil
 	}
+	datagrams := func(port uint16) (net.PacketConn, error) {
+		c, err := net.ListenPacket("udp4", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		got := uint16(c.LocalAddr().(*net.UDPAddr).Port)
+		switch port {
+		case portDiscard:
+			udp.Discard = got
+		case portChargen:
+			udp.Chargen = got
+		}
+		return newSegmentConn(c.(*net.UDPConn))
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ready, done := make(chan struct{}), make(chan error, 1)
-	go func() { done <- serve(ctx, allServices, listen, func() { close(ready) }) }()
+	go func() { done <- serve(ctx, allServices, opener{listen, datagrams}, func() { close(ready) }) }()
 	select {
 	case <-ready:
 	case err := <-done:
@@ -89,7 +107,8 @@ func serveLoopback(t *testing.T) (ports, *countingListener) {
 			t.Error(err)
 		}
 	})
-	return p, counts
+	udp.Count = p.Count
+	return p, udp, counts
 }
 
 func testSpec(l load, conns int, p ports) clientSpec {
@@ -106,21 +125,28 @@ func TestClientCounts(t *testing.T) {
 	tests := []struct {
 		load  load
 		conns int
+		size  int
 	}{
-		{loadBulkIn, 1},
-		{loadBulkIn, 8},
-		{loadBulkOut, 1},
-		{loadBulkOut, 8},
-		{loadPingPong, 1},
-		{loadPingPong, 64},
-		{loadShort, 8},
-		{loadHTTP, 64},
-		{loadIdle, 800},
+		{loadBulkIn, 1, 0},
+		{loadBulkIn, 8, 0},
+		{loadBulkOut, 1, 0},
+		{loadBulkOut, 8, 0},
+		{loadPingPong, 1, 0},
+		{loadPingPong, 64, 0},
+		{loadPingPong, 1, 1},
+		{loadPingPong, 8, 16 << 10},
+		{loadLatency, 1, 0},
+		{loadLatency, 8, 0},
+		{loadShort, 8, 0},
+		{loadHTTP, 64, 0},
+		{loadIdle, 800, 0},
 	}
 	for _, tt := range tests {
-		t.Run(string(tt.load), func(t *testing.T) {
-			p, counts := serveLoopback(t)
-			s, err := testSpec(tt.load, tt.conns, p).run()
+		t.Run(fmt.Sprintf("%s/%d", tt.load, tt.size), func(t *testing.T) {
+			p, _, counts := serveLoopback(t)
+			spec := testSpec(tt.load, tt.conns, p)
+			spec.Size, spec.Rate = tt.size, 2000
+			s, err := spec.run()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -144,8 +170,16 @@ func TestClientCounts(t *testing.T) {
 					t.Errorf("client counted %d bytes, server wrote %d", s.Bytes, got)
 				}
 			case loadPingPong:
-				if got := counts.read.Load() / messageBytes; got < s.Ops || got > s.Ops+slack {
+				if got := counts.read.Load() / int64(spec.messageSize()); got < s.Ops || got > s.Ops+slack {
 					t.Errorf("client counted %d requests, server %d", s.Ops, got)
+				}
+			case loadLatency:
+				// What is answered after the window is in the latencies only.
+				if got := counts.read.Load() / messageBytes; s.Ops == 0 || got < s.Ops {
+					t.Errorf("client counted %d requests, server %d", s.Ops, got)
+				}
+				if !slices.IsSorted(s.Curve[:]) || s.Curve[len(s.Curve)-1] != s.Max {
+					t.Errorf("curve is %v, want rising latencies up to %v", s.Curve, s.Max)
 				}
 			case loadHTTP:
 				// The two libraries' requests are the same, so bytes count them.
@@ -173,6 +207,75 @@ func TestClientCounts(t *testing.T) {
 	}
 }
 
+// What a client of datagrams counts, the server has counted too, and some of it was lost at
+// most: it has no acknowledgements to wait for.
+func TestDatagramCounts(t *testing.T) {
+	needSandbox(t)
+	tests := []struct {
+		load load
+		size int
+		gso  bool
+	}{
+		{loadUDPIn, 64, false},
+		{loadUDPIn, 1472, true},
+		{loadUDPOut, 64, false},
+		{loadUDPOut, 1472, true},
+		{loadUDPOut, 65493, true}, // one in a frame
+	}
+	for _, tt := range tests {
+		t.Run(fmt.Sprintf("%s/%d", tt.load, tt.size), func(t *testing.T) {
+			_, p, _ := serveLoopback(t)
+			spec := testSpec(tt.load, 1, p)
+			spec.Size, spec.GSO = tt.size, tt.gso
+			before := counts{received.bytes.Load(), received.datagrams.Load()}
+			s, err := spec.run()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if s.Ops == 0 || s.Bytes != s.Ops*int64(tt.size) || s.CPU <= 0 {
+				t.Errorf("sample is %+v, want datagrams of %d bytes", s, tt.size)
+			}
+			got := received.datagrams.Load() - before.Datagrams
+			if tt.load == loadUDPIn && got != s.Ops || tt.load == loadUDPOut && got != 0 {
+				t.Errorf("client counted %d datagrams, server received %d", s.Ops, got)
+			}
+		})
+	}
+}
+
+// A server that stops for a while delays what was due meanwhile, and that is in the
+// latencies: a client that waited for its answers would have one slow request.
+func TestLatencyOfStall(t *testing.T) {
+	needSandbox(t)
+	const stall = 100 * time.Millisecond
+	spec := testSpec(loadLatency, 1, serveOne(t, func(_ int, c net.Conn) {
+		buf := make([]byte, 4<<10)
+		for began := time.Now(); ; {
+			n, err := c.Read(buf)
+			if err != nil {
+				return
+			}
+			if time.Since(began) > stall {
+				time.Sleep(stall)
+				began = time.Now()
+			}
+			if _, err := c.Write(buf[:n]); err != nil {
+				return
+			}
+		}
+	}))
+	spec.Rate = 1000
+	s, err := spec.run()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// At half of the time a request is due into a stall, of which it waits half on average.
+	p75 := s.Curve[slices.Index(curvePoints[:], 75)]
+	if p75 < stall/5 {
+		t.Errorf("75%% of the requests took less than %v, while the server slept half of the time", p75)
+	}
+}
+
 // bulkInFlight is what the server's kernel may have acknowledged before the server reads
 // it, in bytes: the most that tcp_rmem lets a receive buffer become.
 const bulkInFlight = 64 << 20
@@ -180,7 +283,7 @@ const bulkInFlight = 64 << 20
 // A warm-up is left out of the count.
 func TestClientWarmup(t *testing.T) {
 	needSandbox(t)
-	p, counts := serveLoopback(t)
+	p, _, counts := serveLoopback(t)
 	spec := testSpec(loadPingPong, 1, p)
 	spec.Warmup = 100 * time.Millisecond
 	s, err := spec.run()
@@ -217,7 +320,7 @@ func serveOne(t *testing.T, handle func(index int, c net.Conn)) ports {
 		running.Wait()
 	})
 	port := uint16(l.Addr().(*net.TCPAddr).Port)
-	return ports{Echo: port, Discard: port, Chargen: port, FastHTTP: port, NetHTTP: port, Memory: port}
+	return ports{Echo: port, Discard: port, Chargen: port, FastHTTP: port, NetHTTP: port, Memory: port, Count: port}
 }
 
 func TestClientErrors(t *testing.T) {
@@ -285,12 +388,18 @@ func TestClientErrors(t *testing.T) {
 		{"never ends", loadHTTP, 2, answering(strings.Repeat("x", 2*maxAnswer)), "more than 4096 bytes"},
 		{"tells no memory", loadIdle, 1, func(_ int, c net.Conn) { _, _ = c.Write([]byte("none\n")) }, "read the server's memory"},
 		{"does not stay", loadIdle, 1, leaving, "1 of 1 connections did not stay open"},
+		{"another answer", loadLatency, 2, wrong, "the answer is not the request"},
+		{"closed early", loadLatency, 2, closing, "closed the connection with"},
+		{"stalled", loadLatency, 2, func(_ int, c net.Conn) { discard(c) }, "nothing was answered"},
+		{"tells no count", loadUDPIn, 1, func(_ int, c net.Conn) { _, _ = c.Write([]byte("none\n")) }, "ask for what was received"},
 		{"stalled", loadPingPong, 1, func(_ int, c net.Conn) { discard(c) }, errStalled.Error()},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name+"/"+string(tt.load), func(t *testing.T) {
 			t.Parallel()
-			_, err := testSpec(tt.load, tt.conns, serveOne(t, tt.handle)).run()
+			spec := testSpec(tt.load, tt.conns, serveOne(t, tt.handle))
+			spec.Rate = 1000
+			_, err := spec.run()
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("error is %v, want one with %q", err, tt.want)
 			}
@@ -300,9 +409,11 @@ func TestClientErrors(t *testing.T) {
 
 func TestClientRefused(t *testing.T) {
 	needSandbox(t)
-	for _, l := range []load{loadBulkIn, loadPingPong, loadShort, loadHTTP, loadIdle} {
+	for _, l := range []load{loadBulkIn, loadPingPong, loadLatency, loadUDPIn, loadUDPOut, loadShort, loadHTTP, loadIdle} {
 		// Nothing listens on port 1 of this namespace.
-		_, err := testSpec(l, 1, ports{Echo: 1, Discard: 1, Chargen: 1, FastHTTP: 1, NetHTTP: 1, Memory: 1}).run()
+		spec := testSpec(l, 1, ports{Echo: 1, Discard: 1, Chargen: 1, FastHTTP: 1, NetHTTP: 1, Memory: 1, Count: 1})
+		spec.Rate = 1000
+		_, err := spec.run()
 		if !errors.Is(err, unix.ECONNREFUSED) {
 			t.Errorf("%s: error is %v, want ECONNREFUSED", l, err)
 		}

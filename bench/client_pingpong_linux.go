@@ -23,7 +23,7 @@ func (s clientSpec) pingPongOne() (sample, error) {
 		return sample{}, err
 	}
 
-	var r request
+	r := newRequest(s.messageSize())
 	m := newMeter(s)
 	for seq := uint64(0); ; seq++ {
 		now := time.Now()
@@ -169,5 +169,18 @@ func (p *poller) wait() ([]unix.EpollEvent, error) {
 		default:
 			return p.events[:n], nil
 		}
+	}
+}
+
+// look is wait without waiting: there may be no event.
+func (p *poller) look() ([]unix.EpollEvent, error) {
+	n, err := unix.EpollWait(p.fd, p.events[:], 0)
+	switch {
+	case errors.Is(err, unix.EINTR):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("epoll_wait: %w", err)
+	default:
+		return p.events[:n], nil
 	}
 }

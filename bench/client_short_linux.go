@@ -21,12 +21,15 @@ func (s clientSpec) short() (sample, error) {
 
 	// A slot holds one connection after the other.
 	type slot struct {
-		request
+		*request
 		fd    int
 		began time.Time
 		asked bool
 	}
 	slots := make([]slot, s.Conns)
+	for i := range slots {
+		slots[i].request = newRequest(messageBytes)
+	}
 	defer func() {
 		for i := range slots {
 			if slots[i].fd > 0 {

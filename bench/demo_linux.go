@@ -98,7 +98,7 @@ func (b *bench) withApp(ctx context.Context, app, dir string, rep *demoReport, d
 		path: filepath.Join(b.apps, app),
 		args: []string{
 			"-tap", numastackTAP, "-addr", numastackServer + "/24", "-host", "10.99.0.1/24",
-			"-mtu", strconv.Itoa(mtu), "-shards", strconv.Itoa(rep.shards), "-stats-json", stats,
+			"-mtu", strconv.Itoa(standardMTU), "-shards", strconv.Itoa(rep.shards), "-stats-json", stats,
 		},
 		cpu: anyCPU, deadline: demoDeadline,
 	})

@@ -27,7 +27,7 @@ func (b *bench) environment() environment {
 		ClientCPU: b.clientCPU,
 		Rounds:    b.rounds,
 		SampleSec: b.duration.Seconds(),
-		MTU:       mtu,
+		MTU:       standardMTU,
 	}
 	for _, r := range b.rows {
 		switch r.load {

@@ -8,6 +8,8 @@ import (
 	"time"
 )
 
+var quickPeers = []string{"numastack", "gvisor", "kernel", "limit"}
+
 func TestParseOptions(t *testing.T) {
 	tests := []struct {
 		args     string
@@ -17,18 +19,19 @@ func TestParseOptions(t *testing.T) {
 		duration time.Duration
 		err      string // part of the error
 	}{
-		{args: "", rounds: 10, duration: 3 * time.Second},
-		{args: "-quick", rounds: 5, duration: time.Second},
-		{args: "-quick -rounds 2 -duration 200ms", rounds: 2, duration: 200 * time.Millisecond},
-		{args: "-rows pingpong_1,short", rows: []string{"pingpong_1", "short"}, rounds: 10, duration: 3 * time.Second},
-		{args: "-rows bulk_in", rows: []string{"bulk_in_1", "bulk_in_8"}, rounds: 10, duration: 3 * time.Second},
-		{args: "-rows pingpong", rows: []string{"pingpong_1", "pingpong_64"}, rounds: 10, duration: 3 * time.Second},
-		{args: "-peers kernel,numastack", peers: []string{"numastack", "kernel"}, rounds: 10, duration: 3 * time.Second},
-		{args: "-rows http,idle_net", rows: []string{"http_shard", "http_net", "idle_net"}, rounds: 10, duration: 3 * time.Second},
+		{args: "", rounds: 6, duration: time.Second},
+		{args: "-quick", peers: quickPeers, rounds: 5, duration: time.Second},
+		{args: "-quick -rounds 2 -duration 200ms", peers: quickPeers, rounds: 2, duration: 200 * time.Millisecond},
+		{args: "-rows pingpong_1,short", rows: []string{"pingpong_1", "short"}, rounds: 6, duration: time.Second},
+		{args: "-rows latency,shards_2", rows: []string{"latency_1", "latency_64", "shards_2"}, rounds: 6, duration: time.Second},
+		{args: "-quick -rows udp_in", rows: []string{"udp_in_64", "udp_in_gso"}, peers: quickPeers, rounds: 5, duration: time.Second},
+		{args: "-peers kernel,numastack", peers: []string{"numastack", "kernel"}, rounds: 6, duration: time.Second},
+		{args: "-quick -peers gvisor_gso", peers: []string{"gvisor_gso"}, rounds: 5, duration: time.Second},
+		{args: "-rows http,idle_net", rows: []string{"http_shard", "http_net", "idle_net"}, rounds: 6, duration: time.Second},
 		{args: "-idle-conns 25001", err: "-idle-conns 25001: must be 1 to 25000"},
 		{args: "-rows bulk_sideways", err: `"bulk_sideways": accepted are bulk_in_1`},
 		{args: "-rows short,", err: `-rows ""`},
-		{args: "-peers lwip", err: `"lwip": accepted are numastack, gvisor, kernel`},
+		{args: "-peers lwip", err: `"lwip": accepted are numastack, gvisor, gvisor_gso, kernel, limit`},
 		{args: "-rounds 101", err: "-rounds 101: must be 1 to 100"},
 		{args: "-rounds -1", err: "-rounds -1"},
 		{args: "-duration 1ms", err: "-duration 1ms: must be 100ms to 1m0s"},
@@ -55,7 +58,11 @@ func TestParseOptions(t *testing.T) {
 			for _, r := range o.rows {
 				names = append(names, r.name)
 			}
-			if want := tt.rows; want == nil && len(names) != len(allRows) || want != nil && !slices.Equal(names, want) {
+			all := len(allRows)
+			if o.quick {
+				all = len(quickRows())
+			}
+			if want := tt.rows; want == nil && len(names) != all || want != nil && !slices.Equal(names, want) {
 				t.Errorf("rows are %v, want %v", names, want)
 			}
 			want := tt.peers

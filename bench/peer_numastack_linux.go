@@ -15,17 +15,18 @@ import (
 	"numastack/stack"
 )
 
-// numastackCommand returns the program that serves numastack's side of a row.
-func (b *bench) numastackCommand(self string, r row) (path string, args []string) {
-	if r.app() == "" {
-		return self, []string{roleServe, peerNumastack + "-" + string(r.door)}
-	}
+// numastackCommand returns the application that serves numastack's side of a row.
+func (b *bench) numastackCommand(r row) (path string, args []string) {
 	args = []string{
 		"-tap", numastackTAP, "-addr", numastackServer + "/24", "-host", numastackClient + "/24",
-		"-mtu", strconv.Itoa(mtu), "-shards", "1", "-cpus", strconv.Itoa(b.serverCPU),
+		"-mtu", strconv.Itoa(r.linkMTU()), "-shards", strconv.Itoa(max(r.shards, 1)), "-cpus", strconv.Itoa(b.serverCPU),
 	}
 	if r.spin {
 		args = append(args, "-spin", "1s") // longer than any answer takes
+	}
+	if r.shards != 0 {
+		// A shard that spins burns CPU time that the others on its CPU would need.
+		args = append(args, "-spin", "0s")
 	}
 	if r.load == loadHTTP {
 		engine := "shard"
@@ -40,7 +41,7 @@ func (b *bench) numastackCommand(self string, r row) (path string, args []string
 // serveNumastack serves through one of the doors, on one shard on this process's first CPU.
 // Every door has echo; the last one has all services. The server's memory is always told
 // through the last one: it takes a goroutine that may stop the world.
-func serveNumastack(ctx context.Context, d door, ready func()) error {
+func serveNumastack(ctx context.Context, d door, mtu int, ready func()) error {
 	// As the applications do: the collector and the goroutines would wait behind the shard.
 	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), 2))
 	s, err := stack.New(stack.Config{
@@ -64,12 +65,14 @@ func serveNumastack(ctx context.Context, d door, ready func()) error {
 }
 
 func serveDoor(ctx context.Context, s *stack.Stack, d door, ready func()) error {
-	what := services{portMemory: allServices[portMemory]}
+	what := services{portMemory: allServices[portMemory], portCount: allServices[portCount]}
 	address := net.JoinHostPort("", strconv.Itoa(portEcho))
 	var err error
 	switch d {
 	case doorEvents:
-		_, err = s.HandleTCP("tcp4", address, echoEvents{})
+		if _, err = s.HandleTCP("tcp4", address, echoEvents{}); err == nil {
+			err = handleDatagrams(s)
+		}
 	case doorShard:
 		_, err = s.Serve("tcp4", address, echo)
 	case doorNet:
@@ -80,9 +83,9 @@ func serveDoor(ctx context.Context, s *stack.Stack, d door, ready func()) error 
 	if err != nil {
 		return err
 	}
-	return serve(ctx, what, func(port uint16) (net.Listener, error) {
+	return serve(ctx, what, opener{stream: func(port uint16) (net.Listener, error) {
 		return s.Listen("tcp4", net.JoinHostPort("", strconv.Itoa(int(port))))
-	}, ready)
+	}}, ready)
 }
 
 // echoEvents is what apps/echo does on its echo port. It stands here because the memory of
@@ -109,3 +112,23 @@ func (echoEvents) Writable(*stack.Conn) {}
 
 // Close implements stack.Handler.
 func (echoEvents) Close(*stack.Conn, error) {}
+
+// handleDatagrams serves UDP's discard and chargen on the shard's thread.
+func handleDatagrams(s *stack.Stack) error {
+	_, err := s.HandleUDP("udp4", net.JoinHostPort("", strconv.Itoa(portDiscard)), func(_ *stack.Socket, b []byte, _ netip.AddrPort) {
+		received.add(len(b), 1)
+	})
+	if err != nil {
+		return err
+	}
+	_, err = s.HandleUDP("udp4", net.JoinHostPort("", strconv.Itoa(portChargen)), func(s *stack.Socket, b []byte, from netip.AddrPort) {
+		ask, err := parseBurst(b)
+		if err != nil {
+			return
+		}
+		for range ask.count {
+			_, _ = s.WriteTo(chargenBytes[:ask.size], from) // UDP: what cannot be sent is lost
+		}
+	})
+	return err
+}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,9 +12,6 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
-
-// mtu of every TAP and veth, in bytes.
-const mtu = 1500
 
 // Each peer has a /24 of its own. Host bits: 1 the client, 2 the server.
 const (
@@ -28,7 +26,22 @@ const (
 	// The two ends of the kernel peer's veth pair.
 	kernelClientLink = "kernel0"
 	kernelServerLink = "kernel1"
+
+	gvisorGSOServer = "10.96.0.2"
+	// The two ends of the veth pair of gVisor with GSO.
+	gvisorGSOClientLink = "gvisorgso0"
+	gvisorGSOServerLink = "gvisorgso1"
+
+	limitServer = "10.95.0.2"
+	limitTAP    = "limit0"
 )
+
+// serverSpec tells a server process what to be. It travels as JSON on its command line.
+type serverSpec struct {
+	Peer string `json:"peer"`
+	Door door   `json:"door"` // of numastack
+	MTU  int    `json:"mtu"`
+}
 
 // server is a peer that serves, in a process of its own.
 type server struct {
@@ -44,18 +57,30 @@ func startPeer(ctx context.Context, name string, r row, b *bench) (*server, erro
 	if err != nil {
 		return nil, fmt.Errorf("find this program's file: %w", err)
 	}
-	c := command{path: self, args: []string{roleServe, name}, cpu: b.serverCPU, deadline: b.serverDeadline(r)}
+	arg, err := json.Marshal(serverSpec{Peer: name, Door: r.door, MTU: r.linkMTU()})
+	if err != nil {
+		return nil, fmt.Errorf("server specification: %w", err)
+	}
+	c := command{path: self, args: []string{roleServe, string(arg)}, cpu: b.serverCPU, deadline: b.serverDeadline(r)}
 	s := &server{}
 	switch name {
 	case peerNumastack:
 		s.addr = numastackServer
-		c.path, c.args = b.numastackCommand(self, r)
+		if !r.ownServer() {
+			c.path, c.args = b.numastackCommand(r)
+		}
 	case peerGVisor:
 		s.addr = gvisorServer
+	case peerGVisorGSO:
+		s.addr, s.link = gvisorGSOServer, gvisorGSOClientLink
+		c.ownNetwork = true
+		c.beforeReady = connectVeth(gvisorGSOClientLink, gvisorGSOServerLink, "10.96.0.1/24", r.linkMTU())
 	case peerKernel:
 		s.addr, s.link = kernelServer, kernelClientLink
 		c.ownNetwork = true
-		c.beforeReady = connectKernelPeer
+		c.beforeReady = connectVeth(kernelClientLink, kernelServerLink, "10.97.0.1/24", r.linkMTU())
+	case peerLimit:
+		s.addr = limitServer
 	default:
 		return nil, fmt.Errorf("unknown peer %q", name)
 	}
@@ -65,20 +90,30 @@ func startPeer(ctx context.Context, name string, r row, b *bench) (*server, erro
 	return s, nil
 }
 
-// connectKernelPeer joins this namespace and the child's with a veth pair. The child
-// waits for a byte on stdin before it looks for its end.
-func connectKernelPeer(pid int, stdin io.Writer) error {
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.MTU = kernelClientLink, mtu
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: kernelServerLink, PeerNamespace: netlink.NsPid(pid)}
-	if err := netlink.LinkAdd(veth); err != nil {
-		return fmt.Errorf("make a veth pair into the namespace of process %d: %w", pid, err)
+// connectVeth joins this namespace and the child's with a veth pair. The child waits for
+// a byte on stdin before it looks for its end.
+func connectVeth(clientLink, serverLink, prefix string, mtu int) func(pid int, stdin io.Writer) error {
+	return func(pid int, stdin io.Writer) error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name, attrs.MTU = clientLink, mtu
+		veth := &netlink.Veth{LinkAttrs: attrs, PeerName: serverLink, PeerNamespace: netlink.NsPid(pid)}
+		if err := netlink.LinkAdd(veth); err != nil {
+			return fmt.Errorf("make a veth pair into the namespace of process %d: %w", pid, err)
+		}
+		if err := addressLink(clientLink, prefix, mtu); err != nil {
+			return err
+		}
+		if _, err := stdin.Write([]byte{'\n'}); err != nil {
+			return fmt.Errorf("tell process %d that its link is there: %w", pid, err)
+		}
+		return nil
 	}
-	if err := addressLink(kernelClientLink, "10.97.0.1/24"); err != nil {
-		return err
-	}
-	if _, err := stdin.Write([]byte{'\n'}); err != nil {
-		return fmt.Errorf("tell process %d that its link is there: %w", pid, err)
+}
+
+// awaitVeth is the child's side of connectVeth.
+func awaitVeth(link string) error {
+	if _, err := os.Stdin.Read(make([]byte, 1)); err != nil {
+		return fmt.Errorf("wait for link %q: %w", link, err)
 	}
 	return nil
 }
@@ -106,17 +141,24 @@ func (s *server) removeLink() error {
 }
 
 // serveRole is the child's side: it serves until it is told to stop.
-func serveRole(ctx context.Context, peer string) error {
-	ready := func() { fmt.Println("ready") }
-	if d, ok := strings.CutPrefix(peer, peerNumastack+"-"); ok {
-		return serveNumastack(ctx, door(d), ready)
+func serveRole(ctx context.Context, argument string) error {
+	var spec serverSpec
+	if err := json.Unmarshal([]byte(argument), &spec); err != nil {
+		return fmt.Errorf("server specification %q: %w", argument, err)
 	}
-	switch peer {
+	ready := func() { fmt.Println("ready") }
+	switch spec.Peer {
+	case peerNumastack:
+		return serveNumastack(ctx, spec.Door, spec.MTU, ready)
 	case peerGVisor:
-		return serveGVisor(ctx, ready)
+		return serveGVisor(ctx, spec.MTU, ready)
+	case peerGVisorGSO:
+		return serveGVisorGSO(ctx, spec.MTU, ready)
 	case peerKernel:
-		return serveKernel(ctx, ready)
+		return serveKernel(ctx, spec.MTU, ready)
+	case peerLimit:
+		return serveLimit(ctx, spec.MTU, ready)
 	default:
-		return fmt.Errorf("%s %q: accepted are %s, %s and %s-<door>", roleServe, peer, peerGVisor, peerKernel, peerNumastack)
+		return fmt.Errorf("%s: peer %q: accepted are %s", roleServe, spec.Peer, strings.Join(peerOrder, ", "))
 	}
 }

@@ -19,8 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The hidden roles of this program: "-serve gvisor|kernel|numastack-<door>" and
-// "-client <spec as JSON>".
+// The hidden roles of this program: "-serve <serverSpec as JSON>" and "-client <clientSpec
+// as JSON>".
 const (
 	roleServe  = "-serve"
 	roleClient = "-client"

@@ -145,7 +145,7 @@ func TestPeers(t *testing.T) {
 	}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	b := &bench{options: options{duration: 200 * time.Millisecond, idleConns: 10, cpus: [2]int{-1, -1}}}
+	b := &bench{options: options{duration: 200 * time.Millisecond, idleConns: 10, cpus: [2]int{-1, -1}}, rates: map[string]float64{}}
 	if err := b.chooseCPUs(); err != nil {
 		t.Fatal(err)
 	}
@@ -158,11 +158,16 @@ func TestPeers(t *testing.T) {
 		{peerGVisor, "http"},
 		{peerKernel, "http"},
 		{peerKernel, "idle_net"},
+		{peerGVisorGSO, "bulk_in_1,bulk_out_1,pingpong_64,udp_out"},
+		{peerLimit, "bulk_in_1,bulk_out_1,bulk_out_1_mtu9000,bulk_out_1_mtu65521,udp_in_64"},
+		{peerGVisor, "udp"},
+		{peerKernel, "udp"},
+		{peerNumastack, "udp"},
 		{peerNumastack, "net"},
 		{peerNumastack, "idle"},
 	}
 	for _, tt := range tests {
-		rows, err := selectRows(tt.rows)
+		rows, err := selectRows(tt.rows, false)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -185,7 +190,7 @@ func TestPeers(t *testing.T) {
 	}
 	for _, l := range links {
 		switch name := l.Attrs().Name; name {
-		case gvisorTAP, kernelClientLink, kernelServerLink, numastackTAP:
+		case gvisorTAP, kernelClientLink, kernelServerLink, gvisorGSOClientLink, gvisorGSOServerLink, limitTAP, numastackTAP:
 			t.Errorf("link %q is left behind", name)
 		}
 	}

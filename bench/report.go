@@ -41,9 +41,13 @@ type rowReport struct {
 	Numastack *float64 `json:"numastack"`
 	GVisor    *float64 `json:"gvisor"`
 	Kernel    *float64 `json:"kernel"`
-	VsGVisor  *target  `json:"vs_gvisor,omitempty"`
-	VsKernel  *target  `json:"vs_kernel,omitempty"`
-	CPUUnit   string   `json:"cpu_unit,omitempty"`
+	GVisorGSO *float64 `json:"gvisor_gso,omitempty"`
+	Limit     *float64 `json:"limit,omitempty"`
+	// OfLimit is how near numastack comes to the limit: Numastack / Limit.
+	OfLimit  *float64 `json:"of_limit,omitempty"`
+	VsGVisor *target  `json:"vs_gvisor,omitempty"`
+	VsKernel *target  `json:"vs_kernel,omitempty"`
+	CPUUnit  string   `json:"cpu_unit,omitempty"`
 	// The maps' keys are the peers.
 	CPU     map[string]float64   `json:"cpu,omitempty"`
 	P50     map[string]float64   `json:"p50_us,omitempty"`
@@ -51,6 +55,11 @@ type rowReport struct {
 	Heap    map[string]float64   `json:"heap_bytes,omitempty"`  // per connection
 	Stacks  map[string]float64   `json:"stack_bytes,omitempty"` // per connection
 	Samples map[string][]float64 `json:"samples"`
+	// Curve holds the medians of the latencies at CurvePoints, of a row with a Rate.
+	Rate        float64              `json:"rate,omitempty"` // requests/s
+	Late        map[string]float64   `json:"sent_late_p99_us,omitempty"`
+	CurvePoints []float64            `json:"curve_points,omitempty"`
+	Curve       map[string][]float64 `json:"curve_us,omitempty"`
 }
 
 // target is a ratio and the limit it is held to.
@@ -95,7 +104,7 @@ func (rep *report) hold(targets []cellTarget) []target {
 		if over == nil || base == nil {
 			continue
 		}
-		t := newTarget(ct.name, *over / *base, ct.limit, false)
+		t := newTarget(ct.name, *over / *base, ct.limit, ct.lower)
 		held = append(held, t)
 		rep.count(t)
 	}
@@ -117,6 +126,7 @@ func (rep *report) figure(c cell) *float64 {
 	}
 	return map[string]*float64{
 		peerNumastack: rep.Rows[i].Numastack, peerGVisor: rep.Rows[i].GVisor, peerKernel: rep.Rows[i].Kernel,
+		peerGVisorGSO: rep.Rows[i].GVisorGSO, peerLimit: rep.Rows[i].Limit,
 	}[c.peer]
 }
 
@@ -129,8 +139,7 @@ func newRowReport(r row, byPeer map[string][]sample, tscHz float64) rowReport {
 		rr.Better = "lower"
 	}
 	_, rr.CPUUnit = r.cpuCost(sample{Bytes: 1, Ops: 1}, tscHz)
-	timed := r.load == loadPingPong || r.load == loadShort || r.load == loadHTTP
-	if timed {
+	if r.timed() {
 		rr.P50, rr.P99 = map[string]float64{}, map[string]float64{}
 	}
 	if r.load == loadIdle {
@@ -158,13 +167,20 @@ func newRowReport(r row, byPeer map[string][]sample, tscHz float64) rowReport {
 		} else {
 			rr.CPU[peer] = median(costs)
 		}
-		if timed {
+		if r.timed() {
 			rr.P50[peer], rr.P99[peer] = median(p50s), median(p99s)
+		}
+		if r.load == loadLatency {
+			rr.addCurve(peer, samples)
 		}
 		medians[peer] = new(median(values))
 	}
 
 	rr.Numastack, rr.GVisor, rr.Kernel = medians[peerNumastack], medians[peerGVisor], medians[peerKernel]
+	rr.GVisorGSO, rr.Limit = medians[peerGVisorGSO], medians[peerLimit]
+	if rr.Numastack != nil && rr.Limit != nil {
+		rr.OfLimit = new(*rr.Numastack / *rr.Limit)
+	}
 	hold := func(peer *float64, limit float64) *target {
 		if rr.Numastack == nil || peer == nil || limit == 0 {
 			return nil
@@ -173,4 +189,24 @@ func newRowReport(r row, byPeer map[string][]sample, tscHz float64) rowReport {
 	}
 	rr.VsGVisor, rr.VsKernel = hold(rr.GVisor, r.vsGVisor), hold(rr.Kernel, r.vsKernel)
 	return rr
+}
+
+// addCurve reduces a peer's latency curves to their medians, point by point.
+func (rr *rowReport) addCurve(peer string, samples []sample) {
+	if rr.Curve == nil {
+		rr.Curve, rr.Late = map[string][]float64{}, map[string]float64{}
+	}
+	var lates []float64
+	for _, s := range samples {
+		lates = append(lates, micros(s.Late))
+	}
+	rr.Late[peer] = median(lates)
+	rr.CurvePoints, rr.Rate = curvePoints[:], samples[0].Rate
+	for i := range curvePoints {
+		var at []float64
+		for _, s := range samples {
+			at = append(at, micros(s.Curve[i]))
+		}
+		rr.Curve[peer] = append(rr.Curve[peer], median(at))
+	}
 }

@@ -100,7 +100,7 @@ func linkUp(name string) error {
 }
 
 // addressLink gives a link its address and MTU and sets it up.
-func addressLink(name, prefix string) error {
+func addressLink(name, prefix string, mtu int) error {
 	link, err := netlink.LinkByName(name)
 	if err != nil {
 		return fmt.Errorf("find link %q: %w", name, err)

@@ -39,9 +39,9 @@ func (rep *report) writeTable(w io.Writer) error {
 	b.WriteByte('\n')
 
 	t := newGrid(&b)
-	t.line("row", "unit", "numastack", "gvisor", "kernel", "/ gvisor", "target", "", "/ kernel", "target", "")
+	t.line("row", "unit", "numastack", "gvisor", "gvisor_gso", "kernel", "limit", "/ limit", "/ gvisor", "target", "", "/ kernel", "target", "")
 	for _, r := range rep.Rows {
-		cells := []string{r.Name, r.Unit, figure(r.Numastack), figure(r.GVisor), figure(r.Kernel)}
+		cells := []string{r.Name, r.Unit, figure(r.Numastack), figure(r.GVisor), figure(r.GVisorGSO), figure(r.Kernel), figure(r.Limit), figure(r.OfLimit)}
 		t.line(append(append(cells, r.VsGVisor.cells()...), r.VsKernel.cells()...)...)
 	}
 	t.flush()

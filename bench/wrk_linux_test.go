@@ -47,7 +47,7 @@ func TestWrk(t *testing.T) {
 		t.Skipf("needs the HTTP client wrk: %v", err)
 	}
 	for _, d := range []door{doorShard, doorNet} {
-		p, counts := serveLoopback(t)
+		p, _, counts := serveLoopback(t)
 		spec := testSpec(loadHTTP, 8, p)
 		spec.Wrk, spec.Door = wrk, d
 		s, err := spec.run()
@@ -70,7 +70,7 @@ func TestWrkErrors(t *testing.T) {
 	if err != nil {
 		t.Skipf("needs the HTTP client wrk: %v", err)
 	}
-	p, _ := serveLoopback(t)
+	p, _, _ := serveLoopback(t)
 	spec := testSpec(loadHTTP, 8, p)
 	spec.Wrk = wrk
 	spec.Ports.FastHTTP = p.Echo // answers with the request
