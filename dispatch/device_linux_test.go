@@ -27,7 +27,7 @@ const nobody = 65534
 // route, and to a mount namespace with a /dev/net of its own, both bound to
 // the test's thread. The thread ends with the test, since nobody unlocks it.
 // A subtest is a goroutine and needs its own call.
-func tapNetns(t *testing.T) {
+func tapNetns(t testing.TB) {
 	t.Helper()
 	if _, err := os.Stat(tunPath); err != nil {
 		t.Skipf("TAP devices need %s: %v", tunPath, err)
@@ -92,7 +92,7 @@ func asAdmin(t *testing.T, name string, device water.DeviceType, multiQueue bool
 	}
 }
 
-func openForTest(t *testing.T, cfg DeviceConfig) *Device {
+func openForTest(t testing.TB, cfg DeviceConfig) *Device {
 	t.Helper()
 	d, err := OpenDevice(cfg)
 	if err != nil {

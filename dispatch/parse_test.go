@@ -509,6 +509,7 @@ func BenchmarkParse(b *testing.B) {
 		b.Run(bench.name, func(b *testing.B) {
 			frame := serialize(b, ipLayer(bench.src, bench.dst, layers.IPProtocolTCP), tcpLayer(peerPort, ourPort), gopacket.Payload(make([]byte, 1400)))
 			var p Parsed
+			b.ReportAllocs()
 			for b.Loop() {
 				toeplitz.Parse(frame, &p)
 			}

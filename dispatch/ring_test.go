@@ -169,6 +169,7 @@ func BenchmarkRing(b *testing.B) {
 		b.Fatal(err)
 	}
 	frame := make([]byte, 64)
+	b.ReportAllocs()
 	for b.Loop() {
 		r.Push(frame)
 		r.Pop()

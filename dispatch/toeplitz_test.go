@@ -146,6 +146,7 @@ func BenchmarkHash(b *testing.B) {
 		b.Run(fmt.Sprintf("size=%d", n), func(b *testing.B) {
 			in := make([]byte, n)
 			b.SetBytes(int64(n))
+			b.ReportAllocs()
 			var sum uint32
 			for b.Loop() {
 				in[n-1]++ // another port each time

@@ -15,6 +15,7 @@ func BenchmarkByteRing(b *testing.B) {
 				r.limit.Store(netRing)
 				buf := make([]byte, size)
 				b.SetBytes(int64(size))
+				b.ReportAllocs()
 				for b.Loop() {
 					r.write(buf)
 					r.read(buf)

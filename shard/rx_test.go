@@ -72,7 +72,7 @@ func TestRxSweepPassesStuckBuffers(t *testing.T) {
 	}
 }
 
-func noArena(t *testing.T) *numaalloc.Arena {
+func noArena(t testing.TB) *numaalloc.Arena {
 	t.Helper()
 	a, err := numaalloc.NewArena(numaalloc.ArenaConfig{Node: -1})
 	if err != nil {
