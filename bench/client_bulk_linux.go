@@ -1,10 +1,9 @@
 package main
 
 import (
+	"errors"
 	"fmt"
-	"net"
-	"net/netip"
-	"sync/atomic"
+	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -13,54 +12,74 @@ import (
 // bulkBuffer is the size of the client's reads and writes in bytes.
 const bulkBuffer = 256 << 10
 
-// stream is one bulk connection.
-type stream struct {
-	conn *net.TCPConn
-	read atomic.Int64 // bytes; its goroutine writes, bulk reads
-}
-
-// bulk streams in one direction on every connection. What it counts into the server is
-// what the server's TCP has acknowledged, not what fits into the socket's buffer.
+// bulk streams in one direction on every connection, from one thread and one buffer. What it
+// counts into the server is what the server's TCP has acknowledged, not what fits into the
+// socket's buffer.
 func (s clientSpec) bulk() (sample, error) {
-	port, pump, count := s.Ports.Discard, (*stream).writeAll, (*stream).acknowledged
-	if s.Load == loadBulkOut {
-		port, pump, count = s.Ports.Chargen, (*stream).readAll, (*stream).received
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	ep, err := newPoller()
+	if err != nil {
+		return sample{}, err
 	}
-
-	streams := make([]*stream, s.Conns)
-	failed := make(chan error, s.Conns)
-	dialer := net.Dialer{Timeout: stallTimeout}
-	for i := range streams {
-		c, err := dialer.Dial("tcp4", netip.AddrPortFrom(s.Server, port).String())
-		if err != nil {
+	defer ep.close()
+	port, events, move := s.Ports.Discard, uint32(unix.EPOLLOUT), unix.Write
+	if s.Load == loadBulkOut {
+		port, events, move = s.Ports.Chargen, unix.EPOLLIN, unix.Read
+	}
+	fds := make([]int, s.Conns)
+	for i := range fds {
+		if fds[i], err = dial(s.Server, port); err != nil {
 			return sample{}, err
 		}
-		defer func() { _ = c.Close() }()
-		streams[i] = &stream{conn: c.(*net.TCPConn)}
-		_ = streams[i].conn.SetLinger(0) // nothing needs the rest at the end
-		go func() { failed <- pump(streams[i]) }()
+		defer reset(fds[i]) // nothing needs the rest at the end
+		if err := ep.add(fds[i], i, events); err != nil {
+			return sample{}, err
+		}
 	}
 
+	var received int64
+	buf := make([]byte, bulkBuffer)
+	stream := func(d time.Duration) error {
+		for end := time.Now().Add(d); ; {
+			left := time.Until(end)
+			if left <= 0 {
+				return nil
+			}
+			ready, err := ep.within(left)
+			if err != nil {
+				return err
+			}
+			for _, event := range ready {
+				n, err := move(fds[event.Fd], buf)
+				switch {
+				case errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR):
+				case err != nil:
+					return fmt.Errorf("connection %d: %w", event.Fd, err)
+				case n == 0:
+					return fmt.Errorf("connection %d: the server closed it", event.Fd)
+				default:
+					received += int64(n)
+				}
+			}
+		}
+	}
 	var bytes [2]int64
 	var cpu [2]time.Duration
 	var at [2]time.Time
-	for i, wait := range []time.Duration{s.Warmup, s.Duration} {
-		select {
-		case err := <-failed:
+	for i, d := range []time.Duration{s.Warmup, s.Duration} {
+		if err := stream(d); err != nil {
 			return sample{}, err
-		case <-time.After(wait):
 		}
 		at[i] = time.Now()
-		var err error
 		if cpu[i], err = processCPU(s.ServerPID); err != nil {
 			return sample{}, err
 		}
-		for _, st := range streams {
-			n, err := count(st)
-			if err != nil {
+		bytes[i] = received
+		if s.Load == loadBulkIn {
+			if bytes[i], err = acknowledged(fds); err != nil {
 				return sample{}, err
 			}
-			bytes[i] += n
 		}
 	}
 	if bytes[1] == bytes[0] {
@@ -69,42 +88,14 @@ func (s clientSpec) bulk() (sample, error) {
 	return sample{Elapsed: at[1].Sub(at[0]), CPU: cpu[1] - cpu[0], Bytes: bytes[1] - bytes[0]}, nil
 }
 
-func (st *stream) writeAll() error {
-	buf := make([]byte, bulkBuffer)
-	for {
-		if _, err := st.conn.Write(buf); err != nil {
-			return err
-		}
-	}
-}
-
-func (st *stream) readAll() error {
-	buf := make([]byte, bulkBuffer)
-	for {
-		n, err := st.conn.Read(buf)
-		st.read.Add(int64(n))
+// acknowledged returns how many bytes the peers' TCP has acknowledged on all connections.
+func acknowledged(fds []int) (bytes int64, err error) {
+	for _, fd := range fds {
+		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
 		if err != nil {
-			return err
+			return 0, fmt.Errorf("read TCP_INFO: %w", err)
 		}
+		bytes += int64(info.Bytes_acked)
 	}
-}
-
-func (st *stream) received() (int64, error) { return st.read.Load(), nil }
-
-func (st *stream) acknowledged() (int64, error) {
-	raw, err := st.conn.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var info *unix.TCPInfo
-	var infoErr error
-	if err := raw.Control(func(fd uintptr) {
-		info, infoErr = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
-	}); err != nil {
-		return 0, err
-	}
-	if infoErr != nil {
-		return 0, fmt.Errorf("read TCP_INFO: %w", infoErr)
-	}
-	return int64(info.Bytes_acked), nil
+	return bytes, nil
 }

@@ -94,7 +94,7 @@ func (s clientSpec) latency() (sample, error) {
 			}
 			next = next.Add(time.Duration(random.ExpFloat64() / s.Rate * float64(time.Second)))
 		}
-		ready, err := ep.look()
+		ready, err := ep.within(0)
 		if err != nil {
 			return sample{}, err
 		}

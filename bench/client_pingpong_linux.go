@@ -172,9 +172,9 @@ func (p *poller) wait() ([]unix.EpollEvent, error) {
 	}
 }
 
-// look is wait without waiting: there may be no event.
-func (p *poller) look() ([]unix.EpollEvent, error) {
-	n, err := unix.EpollWait(p.fd, p.events[:], 0)
+// within is wait for at most d: there may be no event. 0 looks without waiting.
+func (p *poller) within(d time.Duration) ([]unix.EpollEvent, error) {
+	n, err := unix.EpollWait(p.fd, p.events[:], int((d+time.Millisecond-1)/time.Millisecond))
 	switch {
 	case errors.Is(err, unix.EINTR):
 		return nil, nil

@@ -1,10 +1,16 @@
-// Bench puts numastack beside the two stacks a Go server would otherwise use:
+// Bench puts numastack beside the stacks a Go server would otherwise use, and beside what
+// the device itself carries:
 //
-//	numastack   on a TAP, one shard: apps/echo and apps/httpd, and for the rows net and idle
-//	            this program, with package stack
+//	numastack   on a TAP, one shard: apps/echo and apps/httpd, and for the rows net, idle and
+//	            udp this program, with package stack
 //	gvisor      gVisor's netstack on the same kind of TAP through fdbased, one queue,
 //	            gonet, one goroutine per connection, every option at its default
-//	kernel      package net on the kernel's TCP, over a veth pair between two namespaces
+//	gvisor_gso  gVisor's netstack as runsc makes it fast: on a packet socket at one end of a
+//	            veth pair, with vnet header, GSO, GRO and recvmmsg; else as gvisor
+//	kernel      package net on the kernel's TCP and UDP, over a veth pair between two
+//	            namespaces
+//	limit       no stack: a loop that moves frames between the same kind of TAP and one
+//	            buffer, for the rows whose frames it can imitate
 //
 // # How a row is measured
 //
@@ -25,7 +31,8 @@
 //	bulk_in_1, bulk_in_8     client to the server's discard port, bytes acknowledged, Gbit/s
 //	bulk_out_1, bulk_out_8   the server's chargen port to the client, bytes read, Gbit/s
 //	pingpong_1               64-byte echo, one connection, median round trip in µs; numastack
-//	                         spins instead of sleeping here, the client always sleeps
+//	                         spins for up to a second before it sleeps, the client always
+//	                         sleeps
 //	pingpong_64              64-byte echo on 64 connections, requests/s
 //	short                    connect, echo 64 bytes once, reset; 8 at a time, connections/s
 //	net_in_1, net_out_1      as bulk_in_1 and bulk_out_1, but numastack serves like the peers:
@@ -36,6 +43,30 @@
 //	http_net                 the same with apps/httpd -engine nethttp, peers: net/http
 //	idle_events, idle_shard, idle_net
 //	                         memory of the server process per idle connection, by door, bytes
+//
+// And unless -quick is given, or with it by name:
+//
+//	bulk_*_32, bulk_*_128    as bulk_in_1 and bulk_out_1, with more streams
+//	bulk_*_mtu9000, bulk_*_mtu65521
+//	                         with 1 and 8 streams and another MTU
+//	pingpong_1_sleep         as pingpong_1, but numastack sleeps whenever it has no frame
+//	pingpong_*_1b, pingpong_*_1k, pingpong_*_16k
+//	                         with messages of 1 byte, 1 KiB and 16 KiB
+//	pingpong_512             as pingpong_64 on 512 connections
+//	latency_1, latency_64    64-byte echo at half load on 1 and 64 connections, 99th percentile
+//	                         in µs, see below
+//	udp_in_64, udp_in_gso    datagrams to the server's discard port, as fast as the client
+//	                         sends, of 64 bytes (datagrams/s), and of the MTU's size, 44 in a
+//	                         frame with segmentation offload (Gbit/s); what the application
+//	                         received counts
+//	udp_out_64, udp_out_gso  the same from the server's chargen port; the client asks for
+//	                         bursts so that up to 768 KiB or 1024 datagrams are on their way.
+//	                         The kernel's server uses UDP_SEGMENT and UDP_GRO, the others
+//	                         send and receive datagram by datagram
+//	shards_1, shards_2, shards_4
+//	                         pingpong_64 with so many shards of numastack, all on the server's
+//	                         CPU and without spinning, which would take the CPU from each
+//	                         other: CPU time per request in µs
 //
 // The HTTP client is wrk (one thread, whole seconds) where it is installed, after a warm-up
 // by this program, and else this program alone. An error or an answer without success fails
@@ -48,12 +79,45 @@
 // leaves out its own memory of a socket, which numastack's stack has in the process: so this
 // row has no target. gVisor has no part in it.
 //
-// MTU is 1500 everywhere. TAP and veth keep their default offloads, except that fdbased
-// can use none on a TAP: it reads and writes one MTU-sized frame per system call.
+// MTU is 1500 unless the row's name has another. TAP and veth keep their default offloads,
+// except that fdbased can use none on a TAP: it reads and writes one MTU-sized frame per
+// system call. gvisor_gso has no part in udp_in_gso: it would take a frame of many datagrams
+// for one.
 //
 // The CPU columns hold the server process's user and system time. They leave out what the
 // kernel does for it in another thread's context: on veth, most of the server's receive path
 // runs in the client's send. Compare throughput first and CPU second.
+//
+// # Latency at half load
+//
+// A client that waits for its answers sends less while the server stalls, and so leaves out
+// most of what a stall costs (coordinated omission). The rows latency therefore have an open
+// loop: requests are due at the times of a Poisson process, the same for every peer, and are
+// sent whether or not earlier ones were answered. A latency runs from when the request was
+// due. The rate is half of what numastack reached, before the first round, with a client that
+// waits; all peers get that rate, even one that it overloads. An answer that is missing a
+// second after the window counts with the time it has taken so far. The client spins; how
+// late it was itself is in the JSON (sent_late_p99_us), and a result where that is not far
+// below the latencies says nothing about the server.
+//
+// # The limit
+//
+// The column limit holds what the TAP and the client carry without a stack, and "/ limit"
+// how much of that numastack reaches. A sender of TCP would want acknowledgements, so the
+// frames are UDP, otherwise like TCP's: as many segments of the MTU in a frame as fit into
+// 64 KiB, a vnet header, checksums left to the other side; one system call per frame, one
+// buffer, spinning as long as a shard by default.
+//
+//	in     the kernel's client sends (UDP_SEGMENT), the loop reads and forgets. Bytes are those
+//	       that were read, by the TAP's own counter. About 1 MiB waits at most, as with
+//	       numastack's window; what the client sends beyond that the kernel drops
+//	out    the loop writes what the client has asked for, four frames per request, up to
+//	       768 KiB on their way, and the client reads whole frames (UDP_GRO)
+//
+// Its bytes are payload, as in the other columns. Either end may be what is limited: compare
+// the CPU columns too. The kernel's own column may exceed it, because on veth nothing is
+// copied on the way. The limit does not know streams, so all rows of one direction and MTU
+// share its samples.
 //
 // # Demo
 //

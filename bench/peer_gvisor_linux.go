@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"runtime"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -14,6 +15,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/link/fdbased"
+	"gvisor.dev/gvisor/pkg/tcpip/link/qdisc/fifo"
 	"gvisor.dev/gvisor/pkg/tcpip/link/tun"
 	"gvisor.dev/gvisor/pkg/tcpip/network/arp"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
@@ -32,13 +34,14 @@ func serveGVisor(ctx context.Context, mtu int, ready func()) error {
 	if err := addressLink(gvisorTAP, "10.98.0.1/24", mtu); err != nil {
 		return err
 	}
-	return serveNetstack(ctx, gvisorServer, fdbased.Options{FDs: []int{fd}, MTU: uint32(mtu)}, ready)
+	return serveNetstack(ctx, gvisorServer, fdbased.Options{FDs: []int{fd}, MTU: uint32(mtu)}, 0, ready)
 }
 
 // serveGVisorGSO serves on gVisor's netstack as runsc sets it up for speed
 // (runsc/sandbox/network.go, runsc/boot/network.go): a packet socket with a vnet header on
 // one end of a veth pair, many frames per system call, super-frames in both directions,
-// checksums of what comes left to the kernel, and GRO.
+// checksums of what comes left to the kernel, GRO, and a FIFO that sends what is queued by
+// one system call.
 func serveGVisorGSO(ctx context.Context, mtu int, ready func()) error {
 	if err := awaitVeth(gvisorGSOServerLink); err != nil {
 		return err
@@ -54,11 +57,14 @@ func serveGVisorGSO(ctx context.Context, mtu int, ready func()) error {
 		GSOMaxSize:         gsoMaxSize,
 		RXChecksumOffload:  true,
 		GRO:                true,
-	}, ready)
+	}, fifoLen, ready)
 }
 
-// packetBuffer is the size in bytes of a packet socket's buffers, runsc's too.
-const packetBuffer = 4 << 20
+// The size in bytes of a packet socket's buffers, and of the FIFO in packets: runsc's.
+const (
+	packetBuffer = 4 << 20
+	fifoLen      = 1000
+)
 
 // openPacketSocket returns a packet socket that sees all frames of a link, and the link's
 // largest super-frame in bytes. It sets the link up, without an address: the namespace's own
@@ -95,10 +101,11 @@ func openPacketSocket(name string) (fd int, gsoMaxSize uint32, err error) {
 	return fd, link.Attrs().GSOMaxSize, nil
 }
 
-// serveNetstack serves on a gVisor stack with one link.
-func serveNetstack(ctx context.Context, server string, link fdbased.Options, ready func()) error {
+// serveNetstack serves on a gVisor stack with one link, and in front of it a FIFO of so many
+// packets; 0: none.
+func serveNetstack(ctx context.Context, server string, link fdbased.Options, fifoLen int, ready func()) error {
 	address := tcpip.AddrFrom4(netip.MustParseAddr(server).As4())
-	s, err := newGVisorStack(address, link)
+	s, err := newGVisorStack(address, link, fifoLen)
 	if err != nil {
 		return err
 	}
@@ -118,7 +125,7 @@ func serveNetstack(ctx context.Context, server string, link fdbased.Options, rea
 
 const gvisorNIC tcpip.NICID = 1
 
-func newGVisorStack(address tcpip.Address, link fdbased.Options) (*stack.Stack, error) {
+func newGVisorStack(address tcpip.Address, link fdbased.Options, fifoLen int) (*stack.Stack, error) {
 	mac := make([]byte, header.EthernetAddressSize)
 	_, _ = rand.Read(mac)        // never fails
 	mac[0] = mac[0]&^0x01 | 0x02 // unicast, locally administered
@@ -132,7 +139,11 @@ func newGVisorStack(address tcpip.Address, link fdbased.Options) (*stack.Stack, 
 		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, arp.NewProtocol},
 		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol},
 	})
-	if err := s.CreateNIC(gvisorNIC, ep); err != nil {
+	var options stack.NICOptions
+	if fifoLen > 0 {
+		options.QDisc = fifo.New(ep, runtime.GOMAXPROCS(0), fifoLen)
+	}
+	if err := s.CreateNICWithOptions(gvisorNIC, ep, options); err != nil {
 		return nil, gvisorError("create NIC", err)
 	}
 	if err := s.AddProtocolAddress(gvisorNIC, tcpip.ProtocolAddress{

@@ -27,10 +27,10 @@ import (
 // so that it sends no more than the client takes, like TCP with its window.
 
 // limitQueued is how many bytes of frames may wait for the pump, and limitFrames how many
-// frames at least: about the windows of numastack. Fewer bytes wait in a warmer cache.
+// frames at most: about the windows of numastack, and its queue. Fewer wait in a warmer cache.
 const (
 	limitQueued = 1 << 20
-	limitFrames = 16
+	limitFrames = 4096
 )
 
 const (
@@ -41,12 +41,12 @@ const (
 )
 
 // serveLimit pumps until ctx is done.
-func serveLimit(ctx context.Context, mtu int, ready func()) error {
+func serveLimit(ctx context.Context, mtu, frame int, ready func()) error {
 	device, err := dispatch.OpenDevice(dispatch.DeviceConfig{
 		Name:       limitTAP,
 		HostAddrs:  []netip.Prefix{netip.MustParsePrefix("10.95.0.1/24")},
 		MTU:        mtu,
-		TxQueueLen: max(limitQueued/mtu, limitFrames),
+		TxQueueLen: min(limitQueued/frame, limitFrames),
 		Offload:    true,
 	})
 	if err != nil {

@@ -21,12 +21,8 @@ func (b *bench) numastackCommand(r row) (path string, args []string) {
 		"-tap", numastackTAP, "-addr", numastackServer + "/24", "-host", numastackClient + "/24",
 		"-mtu", strconv.Itoa(r.linkMTU()), "-shards", strconv.Itoa(max(r.shards, 1)), "-cpus", strconv.Itoa(b.serverCPU),
 	}
-	if r.spin {
-		args = append(args, "-spin", "1s") // longer than any answer takes
-	}
-	if r.shards != 0 {
-		// A shard that spins burns CPU time that the others on its CPU would need.
-		args = append(args, "-spin", "0s")
+	if r.spin != 0 {
+		args = append(args, "-spin", max(r.spin, 0).String())
 	}
 	if r.load == loadHTTP {
 		engine := "shard"

@@ -41,6 +41,8 @@ type serverSpec struct {
 	Peer string `json:"peer"`
 	Door door   `json:"door"` // of numastack
 	MTU  int    `json:"mtu"`
+	// Frame is about the size of the frames that bring the load, in bytes.
+	Frame int `json:"frame"`
 }
 
 // server is a peer that serves, in a process of its own.
@@ -57,7 +59,7 @@ func startPeer(ctx context.Context, name string, r row, b *bench) (*server, erro
 	if err != nil {
 		return nil, fmt.Errorf("find this program's file: %w", err)
 	}
-	arg, err := json.Marshal(serverSpec{Peer: name, Door: r.door, MTU: r.linkMTU()})
+	arg, err := json.Marshal(serverSpec{Peer: name, Door: r.door, MTU: r.linkMTU(), Frame: r.frameSize()})
 	if err != nil {
 		return nil, fmt.Errorf("server specification: %w", err)
 	}
@@ -157,7 +159,7 @@ func serveRole(ctx context.Context, argument string) error {
 	case peerKernel:
 		return serveKernel(ctx, spec.MTU, ready)
 	case peerLimit:
-		return serveLimit(ctx, spec.MTU, ready)
+		return serveLimit(ctx, spec.MTU, spec.Frame, ready)
 	default:
 		return fmt.Errorf("%s: peer %q: accepted are %s", roleServe, spec.Peer, strings.Join(peerOrder, ", "))
 	}

@@ -64,26 +64,31 @@ type row struct {
 	mtu   int // 0: standardMTU
 	// full leaves the row out of a -quick run that does not name it.
 	full bool
-	// shards of numastack, which is then alone in the row and never spins; 0: 1, with peers.
+	// shards of numastack, which is then alone in the row; 0: 1, beside peers.
 	shards int
 	// quickRounds bounds the rounds of a -quick run, 0: does not.
 	quickRounds int
 	// lower is set where a smaller figure is better.
 	lower bool
-	// spin asks numastack to spin instead of sleeping between frames.
-	spin bool
+	// spin is how long numastack looks for frames before it sleeps; 0: its default.
+	spin time.Duration
 	// Targets for the ratio numastack / peer: at least, or at most where lower is set; 0:
 	// none, the peer's figure is only shown.
 	vsGVisor, vsKernel float64
 	value              func(sample) float64
 }
 
+const (
+	spinLong  = time.Second // longer than any answer takes
+	spinNever = -1
+)
+
 var allRows = []row{
 	{name: "bulk_in_1", load: loadBulkIn, door: doorEvents, conns: 1, unit: "Gbit/s", vsGVisor: 6, vsKernel: 0.5, value: gbitPerSecond},
 	{name: "bulk_in_8", load: loadBulkIn, door: doorEvents, conns: 8, unit: "Gbit/s", vsGVisor: 6, vsKernel: 0.5, value: gbitPerSecond},
 	{name: "bulk_out_1", load: loadBulkOut, door: doorEvents, conns: 1, unit: "Gbit/s", vsGVisor: 10, vsKernel: 0.55, value: gbitPerSecond},
 	{name: "bulk_out_8", load: loadBulkOut, door: doorEvents, conns: 8, unit: "Gbit/s", vsGVisor: 10, vsKernel: 0.55, value: gbitPerSecond},
-	{name: "pingpong_1", load: loadPingPong, door: doorEvents, conns: 1, unit: "µs", lower: true, spin: true, vsGVisor: 0.5, vsKernel: 0.7, value: medianMicros},
+	{name: "pingpong_1", load: loadPingPong, door: doorEvents, conns: 1, unit: "µs", lower: true, spin: spinLong, vsGVisor: 0.5, vsKernel: 0.7, value: medianMicros},
 	{name: "pingpong_64", load: loadPingPong, door: doorEvents, conns: 64, unit: "requests/s", vsGVisor: 1.6, vsKernel: 0.65, value: perSecond},
 	{name: "short", load: loadShort, door: doorEvents, conns: 8, unit: "connections/s", vsGVisor: 1.8, vsKernel: 0.9, value: perSecond},
 	{name: "net_in_1", load: loadBulkIn, door: doorNet, conns: 1, unit: "Gbit/s", quickRounds: 3, vsGVisor: 1.5, vsKernel: 0.4, value: gbitPerSecond},
@@ -107,10 +112,10 @@ var allRows = []row{
 	{name: "bulk_in_8_mtu65521", load: loadBulkIn, door: doorEvents, conns: 8, mtu: 65521, unit: "Gbit/s", full: true, value: gbitPerSecond},
 	{name: "bulk_out_1_mtu65521", load: loadBulkOut, door: doorEvents, conns: 1, mtu: 65521, unit: "Gbit/s", full: true, value: gbitPerSecond},
 	{name: "bulk_out_8_mtu65521", load: loadBulkOut, door: doorEvents, conns: 8, mtu: 65521, unit: "Gbit/s", full: true, value: gbitPerSecond},
-	{name: "pingpong_1_sleep", load: loadPingPong, door: doorEvents, conns: 1, unit: "µs", lower: true, full: true, value: medianMicros},
-	{name: "pingpong_1_1b", load: loadPingPong, door: doorEvents, conns: 1, size: 1, unit: "µs", lower: true, spin: true, full: true, value: medianMicros},
-	{name: "pingpong_1_1k", load: loadPingPong, door: doorEvents, conns: 1, size: 1 << 10, unit: "µs", lower: true, spin: true, full: true, value: medianMicros},
-	{name: "pingpong_1_16k", load: loadPingPong, door: doorEvents, conns: 1, size: 16 << 10, unit: "µs", lower: true, spin: true, full: true, value: medianMicros},
+	{name: "pingpong_1_sleep", load: loadPingPong, door: doorEvents, conns: 1, unit: "µs", lower: true, spin: spinNever, full: true, value: medianMicros},
+	{name: "pingpong_1_1b", load: loadPingPong, door: doorEvents, conns: 1, size: 1, unit: "µs", lower: true, spin: spinLong, full: true, value: medianMicros},
+	{name: "pingpong_1_1k", load: loadPingPong, door: doorEvents, conns: 1, size: 1 << 10, unit: "µs", lower: true, spin: spinLong, full: true, value: medianMicros},
+	{name: "pingpong_1_16k", load: loadPingPong, door: doorEvents, conns: 1, size: 16 << 10, unit: "µs", lower: true, spin: spinLong, full: true, value: medianMicros},
 	{name: "pingpong_64_1b", load: loadPingPong, door: doorEvents, conns: 64, size: 1, unit: "requests/s", full: true, value: perSecond},
 	{name: "pingpong_64_1k", load: loadPingPong, door: doorEvents, conns: 64, size: 1 << 10, unit: "requests/s", full: true, value: perSecond},
 	{name: "pingpong_64_16k", load: loadPingPong, door: doorEvents, conns: 64, size: 16 << 10, unit: "requests/s", full: true, value: perSecond},
@@ -121,9 +126,9 @@ var allRows = []row{
 	{name: "udp_in_gso", load: loadUDPIn, door: doorEvents, conns: 1, size: udpGSO, unit: "Gbit/s", full: true, value: gbitPerSecond},
 	{name: "udp_out_64", load: loadUDPOut, door: doorEvents, conns: 1, unit: "datagrams/s", full: true, value: perSecond},
 	{name: "udp_out_gso", load: loadUDPOut, door: doorEvents, conns: 1, size: udpGSO, unit: "Gbit/s", full: true, value: gbitPerSecond},
-	{name: "shards_1", load: loadPingPong, door: doorEvents, conns: 64, shards: 1, unit: "µs CPU/op", lower: true, full: true, value: cpuMicrosPerOp},
-	{name: "shards_2", load: loadPingPong, door: doorEvents, conns: 64, shards: 2, unit: "µs CPU/op", lower: true, full: true, value: cpuMicrosPerOp},
-	{name: "shards_4", load: loadPingPong, door: doorEvents, conns: 64, shards: 4, unit: "µs CPU/op", lower: true, full: true, value: cpuMicrosPerOp},
+	{name: "shards_1", load: loadPingPong, door: doorEvents, conns: 64, shards: 1, spin: spinNever, unit: "µs CPU/op", lower: true, full: true, value: cpuMicrosPerOp},
+	{name: "shards_2", load: loadPingPong, door: doorEvents, conns: 64, shards: 2, spin: spinNever, unit: "µs CPU/op", lower: true, full: true, value: cpuMicrosPerOp},
+	{name: "shards_4", load: loadPingPong, door: doorEvents, conns: 64, shards: 4, spin: spinNever, unit: "µs CPU/op", lower: true, full: true, value: cpuMicrosPerOp},
 }
 
 // udpGSO as a row's size stands for the largest datagram that the MTU allows, as many of
@@ -148,6 +153,14 @@ func (r row) messageSize() int {
 	default:
 		return r.size
 	}
+}
+
+// frameSize is about the size of the frames that bring the load of r, in bytes.
+func (r row) frameSize() int {
+	if r.perByte() {
+		return 64 << 10
+	}
+	return r.messageSize()
 }
 
 // ownServer reports whether this program serves numastack's side of r, not an application.
@@ -245,7 +258,7 @@ type sampleKey struct {
 	load  load
 	conns int
 	door  door
-	spin  bool
+	spin  time.Duration
 	size  int
 	mtu   int
 	// shards is the row's, so that 0, one shard beside peers, differs from 1.
@@ -262,7 +275,9 @@ func (r row) key(peer string) sampleKey {
 	if peer == peerNumastack || r.load == loadHTTP {
 		k.door = r.door
 	}
-	k.spin = r.spin && peer == peerNumastack
+	if peer == peerNumastack {
+		k.spin = r.spin
+	}
 	return k
 }
 
