@@ -95,7 +95,7 @@ func parseOptions(args []string, usage io.Writer) (options, error) {
 	fs.BoolVar(&o.demo, "demo", false, "show apps/echo and apps/iperf3 at work instead of measuring")
 	fs.StringVar(&rowNames, "rows", "", "comma-separated `rows` to measure, or prefixes of their names such as bulk (default: all; with -quick those of the smaller run)")
 	fs.StringVar(&peerNames, "peers", "", "comma-separated `peers` to measure: "+strings.Join(peerOrder, ", ")+" (default: all, with -quick not gvisor_gso)")
-	fs.IntVar(&o.rounds, "rounds", 0, "rounds, each with one sample per row and peer; of many rows fewer are taken (default: 6, with -quick 5)")
+	fs.IntVar(&o.rounds, "rounds", 0, "rounds, each with one sample per row and peer; of many rows fewer are taken (default: 10, with -quick 5)")
 	fs.DurationVar(&o.duration, "duration", time.Second, "length of one sample")
 	fs.IntVar(&o.idleConns, "idle-conns", 0, "`connections` of the idle rows (default: 20000, with -quick 5000)")
 	fs.StringVar(&cpuList, "cpus", "", "`server,client` CPUs (default: the first two this process may use)")
@@ -111,7 +111,7 @@ func parseOptions(args []string, usage io.Writer) (options, error) {
 	}
 
 	if o.rounds == 0 {
-		o.rounds = 6
+		o.rounds = 10
 		if o.quick {
 			o.rounds = 5
 		}

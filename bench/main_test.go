@@ -19,15 +19,15 @@ func TestParseOptions(t *testing.T) {
 		duration time.Duration
 		err      string // part of the error
 	}{
-		{args: "", rounds: 6, duration: time.Second},
+		{args: "", rounds: 10, duration: time.Second},
 		{args: "-quick", peers: quickPeers, rounds: 5, duration: time.Second},
 		{args: "-quick -rounds 2 -duration 200ms", peers: quickPeers, rounds: 2, duration: 200 * time.Millisecond},
-		{args: "-rows pingpong_1,short", rows: []string{"pingpong_1", "short"}, rounds: 6, duration: time.Second},
-		{args: "-rows latency,shards_2", rows: []string{"latency_1", "latency_64", "shards_2"}, rounds: 6, duration: time.Second},
+		{args: "-rows pingpong_1,short", rows: []string{"pingpong_1", "short"}, rounds: 10, duration: time.Second},
+		{args: "-rows latency,shards_2", rows: []string{"latency_1", "latency_64", "shards_2"}, rounds: 10, duration: time.Second},
 		{args: "-quick -rows udp_in", rows: []string{"udp_in_64", "udp_in_gso"}, peers: quickPeers, rounds: 5, duration: time.Second},
-		{args: "-peers kernel,numastack", peers: []string{"numastack", "kernel"}, rounds: 6, duration: time.Second},
+		{args: "-peers kernel,numastack", peers: []string{"numastack", "kernel"}, rounds: 10, duration: time.Second},
 		{args: "-quick -peers gvisor_gso", peers: []string{"gvisor_gso"}, rounds: 5, duration: time.Second},
-		{args: "-rows http,idle_net", rows: []string{"http_shard", "http_net", "idle_net"}, rounds: 6, duration: time.Second},
+		{args: "-rows http,idle_net", rows: []string{"http_shard", "http_net", "idle_net"}, rounds: 10, duration: time.Second},
 		{args: "-idle-conns 25001", err: "-idle-conns 25001: must be 1 to 25000"},
 		{args: "-rows bulk_sideways", err: `"bulk_sideways": accepted are bulk_in_1`},
 		{args: "-rows short,", err: `-rows ""`},

@@ -201,9 +201,10 @@ func (r row) app() string {
 // maxIdleRounds bounds the rounds of the idle rows: memory hardly varies.
 const maxIdleRounds = 3
 
-// maxFullRounds bounds the rounds of the rows that only a full run has, so that it ends
-// within 40 minutes. Fewer than four samples against four could not differ significantly.
-const maxFullRounds = 4
+// maxFullRounds bounds the rounds of the rows that only a full run has, so that its 1,100
+// samples end within 40 minutes. Fewer than four samples against four could never differ
+// significantly (Mann and Whitney, 1947).
+const maxFullRounds = 6
 
 // quickLimitRounds bounds the limit's rounds of a -quick run: it has no target.
 const quickLimitRounds = 2

@@ -22,15 +22,15 @@ func TestRowRounds(t *testing.T) {
 		rounds int
 		want   int
 	}{
-		{"bulk_in_1", false, 6, 6},
+		{"bulk_in_1", false, 10, 10},
 		{"bulk_in_1", true, 5, 5},
-		{"http_net", false, 6, 6},
+		{"http_net", false, 10, 10},
 		{"http_net", true, 5, 3},
 		{"http_net", true, 2, 2},
-		{"idle_net", false, 6, 3},
+		{"idle_net", false, 10, 3},
 		{"idle_net", false, 2, 2},
 		{"idle_net", true, 5, 1},
-		{"bulk_in_128", false, 6, 4},
+		{"bulk_in_128", false, 10, 6},
 		{"bulk_in_128", false, 2, 2},
 	}
 	for _, tt := range tests {

@@ -87,7 +87,11 @@ func discardDatagrams(c net.PacketConn) error {
 	buf := make([]byte, maxDatagramSize)
 	s, many := c.(segmenter)
 	for {
-		n, datagrams, err := 0, 1, error(nil)
+		var (
+			n         int
+			datagrams = 1
+			err       error
+		)
 		if many {
 			n, datagrams, err = s.readSegments(buf)
 		} else {
