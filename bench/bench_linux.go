@@ -20,6 +20,18 @@ import (
 // their size by then, and the server's heap its shape.
 const warmup = 250 * time.Millisecond
 
+// streamWarmup is what each of many streams adds: its window grows once per round trip, and
+// that takes longer the more streams share the link.
+const streamWarmup = 8 * time.Millisecond
+
+// warmup returns how long r's load runs before its window opens.
+func (r row) warmup() time.Duration {
+	if r.load != loadBulkIn && r.load != loadBulkOut {
+		return warmup
+	}
+	return max(warmup, time.Duration(r.conns)*streamWarmup)
+}
+
 // bench is a run inside the namespace.
 type bench struct {
 	options
@@ -165,7 +177,7 @@ func (b *bench) sample(ctx context.Context, peer string, r row) (sample, error) 
 	spec := clientSpec{
 		Load: r.load, Door: r.door, Conns: b.conns(r), Server: netip.MustParseAddr(s.addr), ServerPID: s.pid(),
 		Size: r.messageSize(), GSO: r.size == udpGSO, Rate: rate,
-		Warmup: warmup, Duration: b.duration, Wrk: b.wrk, Ports: wellKnownPorts,
+		Warmup: r.warmup(), Duration: b.duration, Wrk: b.wrk, Ports: wellKnownPorts,
 	}
 	if peer == peerLimit {
 		spec = spec.limit(r.linkMTU())
@@ -235,6 +247,6 @@ func (b *bench) load(ctx context.Context, spec clientSpec, cpu int) (sample, err
 
 // serverDeadline bounds a server's life.
 func (b *bench) serverDeadline(r row) time.Duration {
-	spec := clientSpec{Load: r.load, Conns: b.conns(r), Warmup: warmup, Duration: b.duration}
+	spec := clientSpec{Load: r.load, Conns: b.conns(r), Warmup: r.warmup(), Duration: b.duration}
 	return readyTimeout + spec.deadline() + stopTimeout
 }

@@ -4,6 +4,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestNumastackCommand(t *testing.T) {
@@ -40,6 +41,17 @@ func TestLimitSpec(t *testing.T) {
 		got := clientSpec{Load: tt.load, Size: 64}.limit(tt.mtu)
 		if got.Load != tt.want || got.Size != tt.size || got.GSO != tt.gso || got.Link != limitTAP {
 			t.Errorf("%s at MTU %d became %+v, want %+v", tt.load, tt.mtu, got, tt)
+		}
+	}
+}
+
+// Few streams are warm after the time that everything has.
+func TestWarmup(t *testing.T) {
+	for name, want := range map[string]time.Duration{
+		"bulk_in_1": warmup, "bulk_out_8": warmup, "bulk_out_128": 1024 * time.Millisecond, "pingpong_512": warmup,
+	} {
+		if got := rowNamed(t, name).warmup(); got != want {
+			t.Errorf("%s: %v, want %v", name, got, want)
 		}
 	}
 }
