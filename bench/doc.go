@@ -58,7 +58,7 @@
 //	udp_in_64, udp_in_gso    datagrams to the server's discard port, as fast as the client
 //	                         sends, of 64 bytes (datagrams/s), and of the MTU's size, 44 in a
 //	                         frame with segmentation offload (Gbit/s); what the application
-//	                         received counts
+//	                         received counts, and at most 1 MiB waits in numastack's TAP
 //	udp_out_64, udp_out_gso  the same from the server's chargen port; the client asks for
 //	                         bursts so that up to 768 KiB or 1024 datagrams are on their way.
 //	                         The kernel's server uses UDP_SEGMENT and UDP_GRO, the others

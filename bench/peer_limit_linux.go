@@ -26,13 +26,6 @@ import (
 // It has a protocol in one place: what comes to chargen's port asks for a burst (see burst),
 // so that it sends no more than the client takes, like TCP with its window.
 
-// limitQueued is how many bytes of frames may wait for the pump, and limitFrames how many
-// frames at most: about the windows of numastack, and its queue. Fewer wait in a warmer cache.
-const (
-	limitQueued = 1 << 20
-	limitFrames = 4096
-)
-
 const (
 	ethernetLen  = header.EthernetMinimumSize
 	frameHeaders = ethernetLen + udpHeaders
@@ -41,12 +34,12 @@ const (
 )
 
 // serveLimit pumps until ctx is done.
-func serveLimit(ctx context.Context, mtu, frame int, ready func()) error {
+func serveLimit(ctx context.Context, spec serverSpec, ready func()) error {
 	device, err := dispatch.OpenDevice(dispatch.DeviceConfig{
 		Name:       limitTAP,
 		HostAddrs:  []netip.Prefix{netip.MustParsePrefix("10.95.0.1/24")},
-		MTU:        mtu,
-		TxQueueLen: min(limitQueued/frame, limitFrames),
+		MTU:        spec.MTU,
+		TxQueueLen: spec.Queue,
 		Offload:    true,
 	})
 	if err != nil {

@@ -37,16 +37,18 @@ func (b *bench) numastackCommand(r row) (path string, args []string) {
 // serveNumastack serves through one of the doors, on one shard on this process's first CPU.
 // Every door has echo; the last one has all services. The server's memory is always told
 // through the last one: it takes a goroutine that may stop the world.
-func serveNumastack(ctx context.Context, d door, mtu int, ready func()) error {
+func serveNumastack(ctx context.Context, spec serverSpec, ready func()) error {
 	// As the applications do: the collector and the goroutines would wait behind the shard.
 	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), 2))
 	s, err := stack.New(stack.Config{
 		Device:    numastackTAP,
 		Addrs:     []netip.Prefix{netip.MustParsePrefix(numastackServer + "/24")},
 		HostAddrs: []netip.Prefix{netip.MustParsePrefix(numastackClient + "/24")},
-		MTU:       mtu,
+		MTU:       spec.MTU,
 		Shards:    1,
-		Logger:    slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})),
+		// 0 is its default.
+		TxQueueLen: spec.Queue,
+		Logger:     slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})),
 	})
 	if err != nil {
 		return err
@@ -57,7 +59,7 @@ func serveNumastack(ctx context.Context, d door, mtu int, ready func()) error {
 		<-s.Done()
 		lost(s.Err())
 	}()
-	return errors.Join(serveDoor(ctx, s, d, ready), s.Err(), s.Close())
+	return errors.Join(serveDoor(ctx, s, spec.Door, ready), s.Err(), s.Close())
 }
 
 func serveDoor(ctx context.Context, s *stack.Stack, d door, ready func()) error {

@@ -41,8 +41,8 @@ type serverSpec struct {
 	Peer string `json:"peer"`
 	Door door   `json:"door"` // of numastack
 	MTU  int    `json:"mtu"`
-	// Frame is about the size of the frames that bring the load, in bytes.
-	Frame int `json:"frame"`
+	// Queue is how many frames may wait in the TAP for the server; 0: its default.
+	Queue int `json:"queue"`
 }
 
 // server is a peer that serves, in a process of its own.
@@ -59,7 +59,7 @@ func startPeer(ctx context.Context, name string, r row, b *bench) (*server, erro
 	if err != nil {
 		return nil, fmt.Errorf("find this program's file: %w", err)
 	}
-	arg, err := json.Marshal(serverSpec{Peer: name, Door: r.door, MTU: r.linkMTU(), Frame: r.frameSize()})
+	arg, err := json.Marshal(serverSpec{Peer: name, Door: r.door, MTU: r.linkMTU(), Queue: r.queueLen(name)})
 	if err != nil {
 		return nil, fmt.Errorf("server specification: %w", err)
 	}
@@ -151,7 +151,7 @@ func serveRole(ctx context.Context, argument string) error {
 	ready := func() { fmt.Println("ready") }
 	switch spec.Peer {
 	case peerNumastack:
-		return serveNumastack(ctx, spec.Door, spec.MTU, ready)
+		return serveNumastack(ctx, spec, ready)
 	case peerGVisor:
 		return serveGVisor(ctx, spec.MTU, ready)
 	case peerGVisorGSO:
@@ -159,7 +159,7 @@ func serveRole(ctx context.Context, argument string) error {
 	case peerKernel:
 		return serveKernel(ctx, spec.MTU, ready)
 	case peerLimit:
-		return serveLimit(ctx, spec.MTU, spec.Frame, ready)
+		return serveLimit(ctx, spec, ready)
 	default:
 		return fmt.Errorf("%s: peer %q: accepted are %s", roleServe, spec.Peer, strings.Join(peerOrder, ", "))
 	}

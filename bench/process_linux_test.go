@@ -145,7 +145,7 @@ func TestPeers(t *testing.T) {
 	}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	b := &bench{options: options{duration: 200 * time.Millisecond, idleConns: 10, cpus: [2]int{-1, -1}}, rates: map[string]float64{}}
+	b := &bench{options: options{duration: 400 * time.Millisecond, idleConns: 10, cpus: [2]int{-1, -1}}, rates: map[string]float64{}}
 	if err := b.chooseCPUs(); err != nil {
 		t.Fatal(err)
 	}

@@ -155,12 +155,19 @@ func (r row) messageSize() int {
 	}
 }
 
-// frameSize is about the size of the frames that bring the load of r, in bytes.
-func (r row) frameSize() int {
-	if r.perByte() {
-		return 64 << 10
+// queueLen is how many frames may wait in a peer's TAP; 0: its default. Where no window holds
+// the client back, the queue is always full, and with numastack's 4096 frames of 64 KiB it
+// would never be in the cache: so it has about the bytes of a window.
+func (r row) queueLen(peer string) int {
+	const window, most = 1 << 20, 4096
+	switch {
+	case peer != peerLimit && r.load != loadUDPIn && r.load != loadUDPOut:
+		return 0
+	case r.perByte():
+		return window / (64 << 10)
+	default:
+		return min(window/r.messageSize(), most)
 	}
-	return r.messageSize()
 }
 
 // ownServer reports whether this program serves numastack's side of r, not an application.

@@ -140,6 +140,24 @@ func TestRowSizes(t *testing.T) {
 	}
 }
 
+func TestQueueLen(t *testing.T) {
+	tests := []struct {
+		row, peer string
+		want      int
+	}{
+		{"bulk_in_1", peerLimit, 16},
+		{"bulk_in_1", peerNumastack, 0},
+		{"net_in_1", peerNumastack, 0},
+		{"udp_in_gso", peerNumastack, 16},
+		{"udp_in_64", peerLimit, 4096},
+	}
+	for _, tt := range tests {
+		if got := rowNamed(t, tt.row).queueLen(tt.peer); got != tt.want {
+			t.Errorf("%s, %s: %d frames, want %d", tt.row, tt.peer, got, tt.want)
+		}
+	}
+}
+
 func TestBurst(t *testing.T) {
 	want := burst{count: 176, size: 1472, gso: true}
 	got, err := parseBurst(want.append(nil))
