@@ -41,6 +41,26 @@ func TestRowRounds(t *testing.T) {
 	}
 }
 
+func TestPeerRounds(t *testing.T) {
+	r := rowNamed(t, "bulk_in_1")
+	tests := []struct {
+		peer   string
+		quick  bool
+		rounds int
+		want   int
+	}{
+		{peerLimit, false, 10, 10},
+		{peerLimit, true, 5, 2},
+		{peerLimit, true, 1, 1},
+		{peerKernel, true, 5, 5},
+	}
+	for _, tt := range tests {
+		if got := r.peerRounds(tt.peer, options{quick: tt.quick, rounds: tt.rounds}); got != tt.want {
+			t.Errorf("%s, quick %t, %d rounds: %d samples, want %d", tt.peer, tt.quick, tt.rounds, got, tt.want)
+		}
+	}
+}
+
 // Rows share a peer's sample when the peer does the same in both; numastack never does.
 func TestRowKey(t *testing.T) {
 	tests := []struct {
