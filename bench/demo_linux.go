@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -110,13 +109,9 @@ func (b *bench) withApp(ctx context.Context, app, dir string, rep *demoReport, d
 		return fmt.Errorf("apps/%s: %w", app, err)
 	}
 
-	content, err := os.ReadFile(stats)
+	counted, err := readCounters(stats)
 	if err != nil {
-		return fmt.Errorf("apps/%s: read its counters: %w", app, err)
-	}
-	var counted appStats
-	if err := json.Unmarshal(content, &counted); err != nil {
-		return fmt.Errorf("apps/%s: counters in %s: %w", app, stats, err)
+		return fmt.Errorf("apps/%s: %w", app, err)
 	}
 	counted.app = app
 	rep.apps = append(rep.apps, counted)

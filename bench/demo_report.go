@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"time"
 )
@@ -44,18 +45,33 @@ type appStats struct {
 	Shards []shardStats `json:"shards"`
 }
 
-// shardStats are the counters of one shard that the demo shows.
+// shardStats are the counters of one shard that this program shows or reckons with.
 type shardStats struct {
 	Shard     int    `json:"shard"`
 	CPU       int    `json:"cpu"`
 	Node      int    `json:"node"`
 	RxFrames  uint64 `json:"rx_frames"`
+	RxBytes   uint64 `json:"rx_bytes"`
 	TxFrames  uint64 `json:"tx_frames"`
+	TxBytes   uint64 `json:"tx_bytes"`
 	Missteer  uint64 `json:"missteered"`
 	Forwarded uint64 `json:"forwarded"`
 	Dropped   uint64 `json:"dropped"`
 	Turns     uint64 `json:"turns"`
 	Wakes     uint64 `json:"wakes"`
+}
+
+// readCounters reads that file.
+func readCounters(path string) (appStats, error) {
+	content, err := os.ReadFile(path)
+	if err != nil {
+		return appStats{}, fmt.Errorf("read the server's counters: %w", err)
+	}
+	var counted appStats
+	if err := json.Unmarshal(content, &counted); err != nil {
+		return appStats{}, fmt.Errorf("the server's counters in %s: %w", path, err)
+	}
+	return counted, nil
 }
 
 // add keeps a line for the table, and prints it as progress.

@@ -119,6 +119,18 @@
 // copied on the way. The limit does not know streams, so all rows of one direction and MTU
 // share its samples.
 //
+// # Results
+//
+// -out leaves the result in a file: where and from what it was measured, medians, every
+// sample, and what numastack's device carried in each (traffic). Such files are read back:
+//
+//	-compare OLD NEW   medians, confidence intervals, Mann-Whitney U test, ratios to the kernel
+//	-plot DIR FILE     ratios, latencies and cycles per byte, as SVG and PNG
+//	-markdown FILE     the tables that README.md and docs/performance.md quote
+//	-capacity FILE     what one core carries, how many a link needs, by measured costs
+//
+// With -check FILE a run fails when a ratio to gVisor is under half of the file's.
+//
 // # Demo
 //
 // With -demo the command runs apps/echo and apps/iperf3 on two shards each, drives them with

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,6 +22,7 @@ func (b *bench) environment() environment {
 		Time:      time.Now().UTC().Format(time.RFC3339),
 		Commit:    commit(),
 		Go:        runtime.Version(),
+		GVisor:    moduleVersion("gvisor.dev/gvisor"),
 		Kernel:    kernelRelease(),
 		CPUs:      runtime.NumCPU(),
 		ServerCPU: b.serverCPU,
@@ -90,6 +92,20 @@ func commit() string {
 		return ""
 	}
 	return strings.TrimSpace(string(out))
+}
+
+// moduleVersion returns the version of a module that this program was built with, or nothing.
+func moduleVersion(path string) string {
+	build, ok := debug.ReadBuildInfo()
+	if !ok {
+		return ""
+	}
+	for _, m := range build.Deps {
+		if m.Path == path {
+			return m.Version
+		}
+	}
+	return ""
 }
 
 // spareFiles is how many files a process of ours has open beside its connections, and more.

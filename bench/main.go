@@ -27,6 +27,7 @@ type options struct {
 	idleConns int           // of the idle rows
 	cpus      [2]int        // server, client; -1: the first two this process may use
 	apps      string        // folder with built applications; empty: build them
+	reporting
 }
 
 // Bounds that keep a typing error from occupying a machine for hours.
@@ -43,7 +44,8 @@ func main() {
 }
 
 // mainStatus returns the exit status: 0 measured (whether or not targets were met), 1 at
-// least one sample failed, 2 the command line was wrong.
+// least one sample failed, -check did or a file could not be reported, 2 the command line
+// was wrong.
 func mainStatus(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -64,6 +66,13 @@ func mainStatus(args []string) int {
 	case err != nil:
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		return 2
+	}
+	if o.reports() {
+		if err := o.report(os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			return 1
+		}
+		return 0
 	}
 	if err := run(ctx, o, args); err != nil {
 		if status, ok := errors.AsType[statusError](err); ok {
@@ -87,6 +96,8 @@ func parseOptions(args []string, usage io.Writer) (options, error) {
 		rowNames  string
 		peerNames string
 		cpuList   string
+		checkFile string
+		mix       string
 	)
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.SetOutput(usage)
@@ -100,14 +111,32 @@ func parseOptions(args []string, usage io.Writer) (options, error) {
 	fs.IntVar(&o.idleConns, "idle-conns", 0, "`connections` of the idle rows (default: 20000, with -quick 5000)")
 	fs.StringVar(&cpuList, "cpus", "", "`server,client` CPUs (default: the first two this process may use)")
 	fs.StringVar(&o.apps, "apps", "", "`folder` with the built applications echo, httpd and iperf3 (default: build them with go build)")
+	fs.StringVar(&o.out, "out", "", "also write the result as JSON to `file`")
+	fs.StringVar(&checkFile, "check", "", "fail when a ratio to gvisor is under half of that in the result `file`")
+	fs.StringVar(&o.compare, "compare", "", "instead of measuring, compare the result `file` with the newer one named after the flags")
+	fs.StringVar(&o.plot, "plot", "", "instead of measuring, draw the result file named after the flags into `folder`, as SVG and PNG")
+	fs.StringVar(&o.markdown, "markdown", "", "instead of measuring, print the tables of the result `file` as Markdown")
+	fs.StringVar(&o.capacity, "capacity", "", "instead of measuring, print what a core carries by the costs in the result `file`")
+	fs.StringVar(&mix, "mix", "", "frame sizes and their shares for -capacity, such as 1514:0.5,64:0.5 (default: 64, 1514, 9014 and 65549 bytes, each alone)")
 	if err := fs.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			return o, err
 		}
 		return o, fmt.Errorf("command line: %w", err)
 	}
-	if fs.NArg() > 0 {
-		return o, fmt.Errorf("unexpected argument %q: all settings are flags", fs.Arg(0))
+	var err error
+	if mix != "" {
+		if o.mix, err = parseMix(mix); err != nil {
+			return o, err
+		}
+	}
+	if err := o.arguments(fs.Args()); err != nil {
+		return o, err
+	}
+	if checkFile != "" {
+		if o.check, err = readResult(checkFile); err != nil {
+			return o, fmt.Errorf("-check: %w", err)
+		}
 	}
 
 	if o.rounds == 0 {
@@ -133,7 +162,6 @@ func parseOptions(args []string, usage io.Writer) (options, error) {
 		return o, fmt.Errorf("-idle-conns %d: must be 1 to %d", o.idleConns, maxIdleConns)
 	}
 
-	var err error
 	if o.rows, err = selectRows(rowNames, o.quick); err != nil {
 		return o, err
 	}

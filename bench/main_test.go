@@ -2,6 +2,7 @@ package main
 
 import (
 	"io"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -38,6 +39,14 @@ func TestParseOptions(t *testing.T) {
 		{args: "-cpus 1", err: `-cpus "1": must be two CPU numbers`},
 		{args: "-cpus 0,-1", err: `-cpus "0,-1"`},
 		{args: "quick", err: `unexpected argument "quick"`},
+		{args: "-check none.json", err: `-check: result file "none.json"`},
+		{args: "-compare old.json", err: "take one result file after the flags: got 0 arguments"},
+		{args: "-compare old.json new.json third.json", err: "got 2 arguments (new.json third.json)"},
+		{args: "-plot dir", err: "take one result file after the flags"},
+		{args: "-capacity r.json -markdown r.json", err: "accepted is one of them"},
+		{args: "-capacity r.json more.json", err: `unexpected argument "more.json"`},
+		{args: "-mix 64:1", err: "-mix: accepted only with -capacity"},
+		{args: "-capacity r.json -mix 64:2", err: `-mix "64:2": share "2"`},
 	}
 	for _, tt := range tests {
 		t.Run(tt.args, func(t *testing.T) {
@@ -73,6 +82,27 @@ func TestParseOptions(t *testing.T) {
 				t.Errorf("peers are %v, want %v", o.peers, want)
 			}
 		})
+	}
+}
+
+func TestReportingArguments(t *testing.T) {
+	tests := []struct {
+		args string
+		want reporting
+	}{
+		{"-compare old.json new.json", reporting{compare: "old.json", file: "new.json"}},
+		{"-plot dir r.json", reporting{plot: "dir", file: "r.json"}},
+		{"-markdown r.json", reporting{markdown: "r.json"}},
+		{"-capacity r.json -mix 64:1", reporting{capacity: "r.json", mix: frameMix{{64, 1}}}},
+	}
+	for _, tt := range tests {
+		o, err := parseOptions(strings.Fields(tt.args), io.Discard)
+		if err != nil || !o.reports() || !reflect.DeepEqual(o.reporting, tt.want) {
+			t.Errorf("%q: %+v, error %v, want %+v", tt.args, o.reporting, err, tt.want)
+		}
+	}
+	if o, err := parseOptions([]string{"-quick", "-out", "r.json"}, io.Discard); err != nil || o.reports() || o.out != "r.json" {
+		t.Errorf("-out: %+v, error %v, want a measurement", o.reporting, err)
 	}
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -20,6 +21,7 @@ func (b *bench) numastackCommand(r row) (path string, args []string) {
 	args = []string{
 		"-tap", numastackTAP, "-addr", numastackServer + "/24", "-host", numastackClient + "/24",
 		"-mtu", strconv.Itoa(r.linkMTU()), "-shards", strconv.Itoa(max(r.shards, 1)), "-cpus", strconv.Itoa(b.serverCPU),
+		"-stats-json", os.Getenv(countersVar),
 	}
 	if r.spin != 0 {
 		args = append(args, "-spin", max(r.spin, 0).String())
@@ -59,7 +61,24 @@ func serveNumastack(ctx context.Context, spec serverSpec, ready func()) error {
 		<-s.Done()
 		lost(s.Err())
 	}()
-	return errors.Join(serveDoor(ctx, s, spec.Door, ready), s.Err(), s.Close())
+	err = serveDoor(ctx, s, spec.Door, ready)
+	return errors.Join(err, s.Err(), leaveCounters(s.Stats()), s.Close())
+}
+
+// leaveCounters writes what applications write for -stats-json, when somebody asked for it.
+func leaveCounters(stats stack.Stats) error {
+	path := os.Getenv(countersVar)
+	if path == "" {
+		return nil
+	}
+	b, err := json.Marshal(stats)
+	if err == nil {
+		err = os.WriteFile(path, b, 0o644)
+	}
+	if err != nil {
+		return fmt.Errorf("leave the counters: %w", err)
+	}
+	return nil
 }
 
 func serveDoor(ctx context.Context, s *stack.Stack, d door, ready func()) error {

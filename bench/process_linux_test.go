@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
@@ -149,6 +150,7 @@ func TestPeers(t *testing.T) {
 	if err := b.chooseCPUs(); err != nil {
 		t.Fatal(err)
 	}
+	t.Setenv(countersVar, filepath.Join(t.TempDir(), "counters.json"))
 	tests := []struct {
 		peer string
 		rows string
@@ -181,6 +183,11 @@ func TestPeers(t *testing.T) {
 			case r.load == loadIdle && (s.Ops != 10 || s.Memory.Heap <= 0),
 				r.load != loadIdle && (s.Ops+s.Bytes == 0 || s.CPU == 0 || s.Ops < 0 || s.Bytes < 0):
 				t.Errorf("%s, %s: sample is %+v", tt.peer, r.name, s)
+			}
+			if counted := tt.peer == peerNumastack && r.load != loadIdle; counted != (s.Traffic != nil) {
+				t.Errorf("%s, %s: traffic is %+v", tt.peer, r.name, s.Traffic)
+			} else if counted && (s.Traffic.RxFrames == 0 || s.Traffic.TxBytes == 0) {
+				t.Errorf("%s, %s: traffic is %+v", tt.peer, r.name, *s.Traffic)
 			}
 		}
 	}

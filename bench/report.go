@@ -1,8 +1,19 @@
 package main
 
-import "slices"
+import (
+	"cmp"
+	"maps"
+	"slices"
+)
 
-// report is the outcome of a run, and the shape of -json.
+// Which way a row's figure is better.
+const (
+	betterHigher = "higher"
+	betterLower  = "lower"
+)
+
+// report is the outcome of a run, and the shape of -json, of -out and of the files in
+// bench/results.
 type report struct {
 	Environment environment `json:"environment"`
 	Rows        []rowReport `json:"rows"`
@@ -18,6 +29,7 @@ type environment struct {
 	Time      string  `json:"time"`
 	Commit    string  `json:"commit,omitempty"`
 	Go        string  `json:"go"`
+	GVisor    string  `json:"gvisor,omitempty"`
 	Kernel    string  `json:"kernel"`
 	CPU       string  `json:"cpu"`
 	CPUs      int     `json:"cpus"`
@@ -38,6 +50,11 @@ type rowReport struct {
 	Name      string   `json:"name"`
 	Unit      string   `json:"unit"`
 	Better    string   `json:"better"` // "higher" or "lower"
+	Load      load     `json:"load,omitempty"`
+	Door      door     `json:"door,omitempty"`
+	Conns     int      `json:"conns,omitempty"` // 0: environment.IdleConns
+	MTU       int      `json:"mtu,omitempty"`
+	Spin      bool     `json:"spin,omitempty"`
 	Numastack *float64 `json:"numastack"`
 	GVisor    *float64 `json:"gvisor"`
 	Kernel    *float64 `json:"kernel"`
@@ -52,6 +69,7 @@ type rowReport struct {
 	CPU     map[string]float64   `json:"cpu,omitempty"`
 	P50     map[string]float64   `json:"p50_us,omitempty"`
 	P99     map[string]float64   `json:"p99_us,omitempty"`
+	Max     map[string]float64   `json:"max_us,omitempty"`
 	Heap    map[string]float64   `json:"heap_bytes,omitempty"`  // per connection
 	Stacks  map[string]float64   `json:"stack_bytes,omitempty"` // per connection
 	Samples map[string][]float64 `json:"samples"`
@@ -60,6 +78,8 @@ type rowReport struct {
 	Late        map[string]float64   `json:"sent_late_p99_us,omitempty"`
 	CurvePoints []float64            `json:"curve_points,omitempty"`
 	Curve       map[string][]float64 `json:"curve_us,omitempty"`
+
+	Traffic []traffic `json:"traffic,omitempty"` // of numastack, one per sample
 }
 
 // target is a ratio and the limit it is held to.
@@ -84,7 +104,7 @@ func newTarget(name string, ratio, limit float64, lower bool) target {
 func newReport(env environment, rows []row, samples map[string]map[string][]sample, errs []string) *report {
 	rep := &report{Environment: env, Errors: errs}
 	for _, r := range rows {
-		rr := newRowReport(r, samples[r.name], env.TSCHz)
+		rr := newRowReport(r, samples[r.name], env)
 		rep.Rows = append(rep.Rows, rr)
 		for _, t := range []*target{rr.VsGVisor, rr.VsKernel} {
 			if t != nil {
@@ -124,23 +144,61 @@ func (rep *report) figure(c cell) *float64 {
 	if i < 0 {
 		return nil
 	}
-	return map[string]*float64{
-		peerNumastack: rep.Rows[i].Numastack, peerGVisor: rep.Rows[i].GVisor, peerKernel: rep.Rows[i].Kernel,
-		peerGVisorGSO: rep.Rows[i].GVisorGSO, peerLimit: rep.Rows[i].Limit,
-	}[c.peer]
+	return rep.Rows[i].median(c.peer)
 }
 
-func newRowReport(r row, byPeer map[string][]sample, tscHz float64) rowReport {
+// median returns a peer's figure, or nil. Every peer has one here, whether or not the row
+// has a field for it.
+func (rr rowReport) median(peer string) *float64 {
+	if len(rr.Samples[peer]) == 0 {
+		return nil
+	}
+	return new(median(rr.Samples[peer]))
+}
+
+// over returns the ratio of two peers' figures, or nil.
+func (rr rowReport) over(peer, base string) *float64 {
+	a, b := rr.median(peer), rr.median(base)
+	if a == nil || b == nil || *b == 0 {
+		return nil
+	}
+	return new(*a / *b)
+}
+
+// peers returns those that have samples, in the order of peerOrder; peers that this program
+// does not know come last, by name.
+func (rep *report) peers() []string {
+	found := map[string]bool{}
+	for _, r := range rep.Rows {
+		for peer, samples := range r.Samples {
+			if len(samples) > 0 {
+				found[peer] = true
+			}
+		}
+	}
+	rank := func(peer string) int {
+		if i := slices.Index(peerOrder, peer); i >= 0 {
+			return i
+		}
+		return len(peerOrder)
+	}
+	return slices.SortedFunc(maps.Keys(found), func(a, b string) int {
+		return cmp.Or(cmp.Compare(rank(a), rank(b)), cmp.Compare(a, b))
+	})
+}
+
+func newRowReport(r row, byPeer map[string][]sample, env environment) rowReport {
 	rr := rowReport{
-		Name: r.name, Unit: r.unit, Better: "higher",
+		Name: r.name, Unit: r.unit, Better: betterHigher,
+		Load: r.load, Door: r.door, Conns: r.conns, MTU: r.linkMTU(), Spin: r.spin > 0,
 		CPU: map[string]float64{}, Samples: map[string][]float64{},
 	}
 	if r.lower {
-		rr.Better = "lower"
+		rr.Better = betterLower
 	}
-	_, rr.CPUUnit = r.cpuCost(sample{Bytes: 1, Ops: 1}, tscHz)
+	_, rr.CPUUnit = r.cpuCost(sample{Bytes: 1, Ops: 1}, env.TSCHz)
 	if r.timed() {
-		rr.P50, rr.P99 = map[string]float64{}, map[string]float64{}
+		rr.P50, rr.P99, rr.Max = map[string]float64{}, map[string]float64{}, map[string]float64{}
 	}
 	if r.load == loadIdle {
 		rr.Heap, rr.Stacks = map[string]float64{}, map[string]float64{}
@@ -151,15 +209,19 @@ func newRowReport(r row, byPeer map[string][]sample, tscHz float64) rowReport {
 		if len(samples) == 0 {
 			continue
 		}
-		var values, costs, p50s, p99s, heaps, stacks []float64
+		var values, costs, p50s, p99s, maxima, heaps, stacks []float64
 		for _, s := range samples {
-			cost, _ := r.cpuCost(s, tscHz)
+			cost, _ := r.cpuCost(s, env.TSCHz)
 			values = append(values, r.value(s))
 			costs = append(costs, cost)
 			p50s = append(p50s, micros(s.P50))
 			p99s = append(p99s, micros(s.P99))
+			maxima = append(maxima, micros(s.Max))
 			heaps = append(heaps, float64(s.Memory.Heap)/float64(s.Ops))
 			stacks = append(stacks, float64(s.Memory.Stacks)/float64(s.Ops))
+			if s.Traffic != nil {
+				rr.Traffic = append(rr.Traffic, *s.Traffic)
+			}
 		}
 		rr.Samples[peer] = values
 		if r.load == loadIdle {
@@ -168,7 +230,7 @@ func newRowReport(r row, byPeer map[string][]sample, tscHz float64) rowReport {
 			rr.CPU[peer] = median(costs)
 		}
 		if r.timed() {
-			rr.P50[peer], rr.P99[peer] = median(p50s), median(p99s)
+			rr.P50[peer], rr.P99[peer], rr.Max[peer] = median(p50s), median(p99s), median(maxima)
 		}
 		if r.load == loadLatency {
 			rr.addCurve(peer, samples)

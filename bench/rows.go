@@ -344,6 +344,8 @@ type sample struct {
 	Max  time.Duration `json:"max_ns"`
 	// Memory is what the server took for Ops open connections; zero for all other loads.
 	Memory memory `json:"memory"`
+	// Traffic is what numastack counted, where an application with counters served; see newTraffic.
+	Traffic *traffic `json:"-"`
 }
 
 func gbitPerSecond(s sample) float64 { return float64(s.Bytes) * 8 / float64(s.Elapsed) }
