@@ -23,7 +23,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 .DELETE_ON_ERROR:
 # Two targets at once would share the cores that tests and measurements pin.
 .NOTPARALLEL:
-.PHONY: help build test unit integration race fuzz bench demo lint fmt clean setup setup-race
+.PHONY: help build test unit integration race fuzz bench bench-check bench-report demo lint fmt clean setup setup-race
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,16 @@ fuzz: ## run each fuzz target for FUZZTIME (20s)
 
 bench: setup ## measure against the peers, short version
 	$(GO) run ./bench -quick $(BENCHFLAGS)
+
+# Rows and peers as in the file, so that a slow machine slows both sides of a ratio.
+CHECK_ROWS := bulk_in_1,bulk_in_8,bulk_out_1,bulk_out_8,pingpong_1,pingpong_64,short,net_in_1,net_out_1,net_pingpong_64
+bench-check: setup ## fail when a ratio to gVisor is under half of that in bench/results/quick.json
+	$(GO) run ./bench -quick -check bench/results/quick.json -peers numastack,gvisor \
+		-rows $(CHECK_ROWS) -rounds 2 -duration 500ms $(BENCHFLAGS)
+
+bench-report: ## draw bench/results/quick.json, and fill in the tables that documents quote
+	$(GO) run ./bench -plot bench/results/quick bench/results/quick.json
+	$(GO) test ./bench -run '^TestDocuments$$' -update
 
 demo: setup ## show the stack at work
 	$(GO) run ./bench -demo $(BENCHFLAGS)
