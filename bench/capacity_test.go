@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"math"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -128,25 +129,29 @@ func TestCostOf(t *testing.T) {
 // A window of 3 s after a warm-up of 1 s has three quarters of what was counted.
 func TestNewTraffic(t *testing.T) {
 	counted := appStats{Shards: []shardStats{
-		{RxFrames: 400, RxBytes: 4000, TxFrames: 40, TxBytes: 800, Turns: 12, Wakes: 4},
-		{RxFrames: 4, RxBytes: 40, Turns: 1},
+		{
+			RxFrames: 400, RxBytes: 4000, TxFrames: 40, TxBytes: 800, Turns: 12, Wakes: 4,
+			Stages: []stageTime{{"read", 2, 300, 200}, {"wait", 4, 900, 400}},
+		},
+		{RxFrames: 4, RxBytes: 40, Turns: 1, Stages: []stageTime{{"read", 1, 250, 250}, {"wait", 0, 0, 0}}},
 	}}
 	got := newTraffic(sample{Elapsed: 3 * time.Second, CPU: 2 * time.Second, Bytes: 3000}, time.Second, counted)
 	want := traffic{
 		Seconds: 3, CPUSeconds: 2, Payload: 3000,
 		RxFrames: 303, RxBytes: 3030, TxFrames: 30, TxBytes: 600, Turns: 10, Wakes: 3,
+		Stages: []stageTime{{"read", 3, 550, 250}, {"wait", 4, 900, 400}}, // whole
 	}
-	if *got != want {
+	if !reflect.DeepEqual(*got, want) {
 		t.Errorf("traffic is %+v, want %+v", *got, want)
 	}
 }
 
 func TestTypical(t *testing.T) {
 	payload := func(bytes int64, seconds float64) traffic { return traffic{Payload: bytes, Seconds: seconds} }
-	if got := typical([]traffic{payload(30, 1), payload(10, 1), payload(40, 2)}); *got != payload(40, 2) {
+	if got := typical([]traffic{payload(30, 1), payload(10, 1), payload(40, 2)}); got.Payload != 40 {
 		t.Errorf("typical is %+v, want that with 20 bytes/s", *got)
 	}
-	if got := typical([]traffic{payload(30, 1), payload(10, 1)}); *got != payload(10, 1) {
+	if got := typical([]traffic{payload(30, 1), payload(10, 1)}); got.Payload != 10 {
 		t.Errorf("of two, typical is %+v, want the lesser", *got)
 	}
 	if got := typical(nil); got != nil {

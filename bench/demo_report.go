@@ -59,6 +59,16 @@ type shardStats struct {
 	Dropped   uint64 `json:"dropped"`
 	Turns     uint64 `json:"turns"`
 	Wakes     uint64 `json:"wakes"`
+
+	Stages []stageTime `json:"stages"`
+}
+
+// stageTime is how long a stage of the turn took in those turns that were timed.
+type stageTime struct {
+	Stage string `json:"stage"`
+	Count uint64 `json:"count"` // timed turns in which it took any time
+	Total uint64 `json:"total_ns"`
+	Max   uint64 `json:"max_ns"`
 }
 
 // readCounters reads that file.

@@ -28,6 +28,7 @@ func (rep *report) sheets() []sheet {
 			return r.Unit, func(peer string) string { return spread(r.Samples[peer]) }
 		}),
 		rep.paperSheet(),
+		rep.stagesSheet(),
 		capacity,
 	}
 }

@@ -19,6 +19,9 @@ type traffic struct {
 	TxBytes    float64 `json:"tx_bytes"`
 	Turns      float64 `json:"turns"`
 	Wakes      float64 `json:"wakes"`
+
+	// Stages are the turn's, of the server's whole life.
+	Stages []stageTime `json:"stages,omitempty"`
 }
 
 // newTraffic takes the window's part of what an application counted in its whole life: the
@@ -35,8 +38,24 @@ func newTraffic(s sample, warmup time.Duration, counted appStats) *traffic {
 		t.TxBytes += part(c.TxBytes)
 		t.Turns += part(c.Turns)
 		t.Wakes += part(c.Wakes)
+		for _, st := range c.Stages {
+			t.addStage(st)
+		}
 	}
 	return &t
+}
+
+// addStage adds what one shard counted.
+func (t *traffic) addStage(st stageTime) {
+	i := slices.IndexFunc(t.Stages, func(s stageTime) bool { return s.Stage == st.Stage })
+	if i < 0 {
+		t.Stages = append(t.Stages, st)
+		return
+	}
+	s := &t.Stages[i]
+	s.Count += st.Count
+	s.Total += st.Total
+	s.Max = max(s.Max, st.Max)
 }
 
 func (t traffic) frames() float64 { return t.RxFrames + t.TxFrames }
@@ -100,6 +119,48 @@ func (rep *report) paperSheet() sheet {
 		"KB is 1024 bytes of payload; frames are those of the bulk direction in \"average frame\", in bytes from the Ethernet header on, and of one sample in the counts; "+
 			"a frame of up to 64 KB counts once, as the TAP carries it; a wake is a return from a blocking wait, frames/wake are received ones, and the paper has interrupts in their place; "+
 			"cycles are the server's CPU time × the TSC's rate")
+	return s
+}
+
+// waitStage is not work: it has no part in the time of a turn.
+const waitStage = "wait"
+
+// stagesSheet shows where the time of a turn goes, with the columns of the paper's Tables 2
+// to 4: of the first row of each load in which the server does not spin.
+func (rep *report) stagesSheet() sheet {
+	s := sheet{
+		name: "stages", title: "Where the time of a turn goes",
+		head: []string{"row", "stage", "turns timed", "maximum µs", "average µs", "total ms", "part of the work"},
+	}
+	shown := map[load]bool{}
+	for _, r := range rep.Rows {
+		t := typical(r.Traffic)
+		if t == nil || len(t.Stages) == 0 || r.Spin || shown[r.Load] {
+			continue
+		}
+		shown[r.Load] = true
+		var work float64
+		for _, st := range t.Stages {
+			if st.Stage != waitStage {
+				work += float64(st.Total)
+			}
+		}
+		for _, st := range t.Stages {
+			average, part := "-", "-"
+			if st.Count > 0 {
+				average = fmt.Sprintf("%.2f", float64(st.Total)/float64(st.Count)/1e3)
+			}
+			if st.Stage != waitStage && work > 0 {
+				part = fmt.Sprintf("%.1f %%", 100*float64(st.Total)/work)
+			}
+			s.line(r.Name, st.Stage, whole(float64(st.Count)), decimal(float64(st.Max)/1e3), average, decimal(float64(st.Total)/1e6), part)
+		}
+	}
+	if len(s.lines) == 0 {
+		s.notes = append(s.notes, "the file has no times of stages")
+		return s
+	}
+	s.notes = append(s.notes, "one of 16 turns is timed, and every wait; of the server's whole life in one sample")
 	return s
 }
 

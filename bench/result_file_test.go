@@ -21,7 +21,9 @@ func trafficReport(t *testing.T) *report {
 			// 40,000 frames in of 60 KB and 40,000 ACKs of 66 bytes: at 2 µs and 0.3 ns they
 			// take 0.88079... s.
 			r.Traffic = []traffic{
-				{Seconds: 1, CPUSeconds: 0.8807920, Payload: 2_400_000_000, RxFrames: 40_000, RxBytes: 2_400_000_000, TxFrames: 40_000, TxBytes: 2_640_000, Turns: 20_000, Wakes: 400},
+				{Seconds: 1, CPUSeconds: 0.8807920, Payload: 2_400_000_000, RxFrames: 40_000, RxBytes: 2_400_000_000, TxFrames: 40_000, TxBytes: 2_640_000, Turns: 20_000, Wakes: 400, Stages: []stageTime{
+					{"read", 1250, 40_000_000, 300_000}, {"tcp", 1000, 10_000_000, 90_000}, {"timers", 0, 0, 0}, {"wait", 500, 70_000_000, 2_000_000},
+				}},
 				{Seconds: 1, CPUSeconds: 0.5, Payload: 1_000_000_000, RxFrames: 20_000, RxBytes: 1_000_000_000, TxFrames: 20_000, TxBytes: 1_320_000},
 				{Seconds: 1, CPUSeconds: 0.9, Payload: 2_600_000_000, RxFrames: 50_000, RxBytes: 2_600_000_000, TxFrames: 40_000, TxBytes: 2_640_000},
 			}
@@ -31,6 +33,11 @@ func trafficReport(t *testing.T) *report {
 			r.Traffic = []traffic{
 				{Seconds: 1, CPUSeconds: 0.6651980, Payload: 1_950_000_000, RxFrames: 10_000, RxBytes: 660_000, TxFrames: 30_000, TxBytes: 1_950_000_000, Wakes: 0},
 			}
+		case "pingpong_1": // spins, which tells neither costs nor stages
+			r.Traffic = []traffic{{
+				Seconds: 2, CPUSeconds: 2, RxFrames: 10_000, RxBytes: 1_300_000, TxFrames: 10_000, TxBytes: 1_300_000,
+				Stages: []stageTime{{"read", 625, 1_000_000, 2_000}},
+			}}
 		case "pingpong_64":
 			// 100,000 requests of 130 bytes, and as many answers.
 			r.Traffic = []traffic{
