@@ -135,9 +135,9 @@ func (c cost) gbit(bytes float64) float64 {
 // for their difference to tell the cost of a byte.
 const minSpread = 4
 
-// costOf fits the cost of a direction, "_in" or "_out" as the loads are called: its rows
-// with the largest and the smallest frames, or requests on many connections where it has no
-// small ones. Rows in which the server spins tell no cost, nor do those of other doors than
+// costOf fits the cost of a direction, "_in" or "_out" as the loads are called: its row of
+// TCP with the largest frames and its row with the smallest, or requests on many connections
+// where it has no small ones. Rows in which the server spins tell no cost, nor do those of other doors than
 // events, whose frames cost more.
 func (rep *report) costOf(direction string) (c cost, from [2]string, err error) {
 	size := func(t *traffic) float64 { return t.bytes() / t.frames() }
@@ -154,14 +154,14 @@ func (rep *report) costOf(direction string) (c cost, from [2]string, err error) 
 		if !strings.HasSuffix(string(r.Load), direction) {
 			continue
 		}
-		if large == nil || size(t) > size(large) {
+		if r.Load == load("bulk"+direction) && (large == nil || size(t) > size(large)) {
 			large, from[0] = t, r.Name
 		}
 		if small == nil || size(t) < size(small) {
 			small, smallName = t, r.Name
 		}
 	}
-	if small != nil && size(large) < minSpread*size(small) {
+	if large != nil && size(large) < minSpread*size(small) {
 		small, smallName = requests, requestsName
 	}
 	if large == nil || small == nil {

@@ -111,7 +111,8 @@ func TestCostOf(t *testing.T) {
 		{"requests stand in", []rowReport{row("bulk", loadBulkIn, bulk), row("requests", loadPingPong, requests)}, [2]string{"bulk", "requests"}},
 		{"its own small frames", []rowReport{row("udp", "udp_in", small), row("bulk", loadBulkIn, bulk), row("requests", loadPingPong, requests)}, [2]string{"bulk", "udp"}},
 		{"other direction", []rowReport{row("udp", "udp_out", small), row("bulk", loadBulkIn, bulk), row("requests", loadPingPong, requests)}, [2]string{"bulk", "requests"}},
-		{"no bulk", []rowReport{row("requests", loadPingPong, requests)}, [2]string{}},
+		{"larger frames of UDP", []rowReport{row("gso", "udp_in", traffic{CPUSeconds: 1, RxFrames: 10, RxBytes: 650_000}), row("udp", "udp_in", small), row("bulk", loadBulkIn, bulk)}, [2]string{"bulk", "udp"}},
+		{"no bulk", []rowReport{row("udp", "udp_in", small), row("requests", loadPingPong, requests)}, [2]string{}},
 		{"no small frames", []rowReport{row("bulk", loadBulkIn, bulk), spin, net}, [2]string{}},
 	}
 	for _, tt := range tests {

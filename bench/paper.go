@@ -83,7 +83,7 @@ var paperHost = struct {
 	mbit, frameBytes, sent, received, framesPerInterrupt, interruptsPerSec, cyclesPerByte, hz float64
 }{131.8, 764, 1_309_892, 2_586_923, 2, 9_494, 129.3, 2.2e9}
 
-// paperSheet shows the bulk rows as NTttcp reports them, beside the paper's Table 1.
+// paperSheet shows the TCP bulk rows as NTttcp reports them, beside the paper's Table 1.
 func (rep *report) paperSheet() sheet {
 	s := sheet{
 		name: "paper", title: "As NTttcp reports it",
@@ -93,7 +93,7 @@ func (rep *report) paperSheet() sheet {
 	}
 	for _, r := range rep.Rows {
 		t := typical(r.Traffic)
-		if t == nil || t.Payload <= 0 {
+		if t == nil || t.Payload <= 0 || r.Load != loadBulkIn && r.Load != loadBulkOut {
 			continue
 		}
 		frames, bytes := t.RxFrames, t.RxBytes

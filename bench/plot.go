@@ -64,7 +64,7 @@ type picture struct {
 func (rep *report) newPicture(name, title string, width, height vg.Length) *picture {
 	plot.DefaultFont.Variant, plotter.DefaultFont.Variant = "Sans", "Sans"
 	p := &picture{Plot: plot.New(), name: name, width: width, height: height}
-	p.Title.Text = title + "\n" + rep.Environment.where()
+	p.Title.Text = title + "\n" + rep.Environment.machine() + "\n" + rep.Environment.versions()
 	p.Title.TextStyle.Font.Size = vg.Points(9)
 	p.Title.Padding = vg.Points(6)
 	for _, style := range []*text.Style{&p.X.Label.TextStyle, &p.Y.Label.TextStyle, &p.X.Tick.Label, &p.Y.Tick.Label, &p.Legend.TextStyle} {

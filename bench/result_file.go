@@ -97,19 +97,26 @@ func parseResult(r io.Reader) (*report, error) {
 	return rep, nil
 }
 
-// where says in a line on what the figures were taken.
-func (env environment) where() string {
-	parts := []string{env.CPU, fmt.Sprintf("%d CPUs", env.CPUs), "Linux " + env.Kernel, env.Go}
+// where says in a line on what, when and with which versions the figures were taken.
+func (env environment) where() string { return env.machine() + ", " + env.versions() }
+
+func (env environment) machine() string {
+	where := fmt.Sprintf("%s, %d CPUs, Linux %s", env.CPU, env.CPUs, env.Kernel)
+	if day, _, ok := strings.Cut(env.Time, "T"); ok {
+		where += ", " + day
+	}
+	return where
+}
+
+func (env environment) versions() string {
+	versions := env.Go
 	if env.GVisor != "" {
-		parts = append(parts, "gVisor "+env.GVisor)
+		versions += ", gVisor " + env.GVisor
 	}
 	if env.Commit != "" {
-		parts = append(parts, "commit "+env.Commit)
+		versions += ", commit " + env.Commit
 	}
-	if day, _, ok := strings.Cut(env.Time, "T"); ok {
-		parts = append(parts, day)
-	}
-	return strings.Join(parts, ", ")
+	return versions
 }
 
 // sameMachine reports whether absolute figures of two runs may be compared at all.
