@@ -21,7 +21,9 @@ func (b *bench) numastackCommand(r row) (path string, args []string) {
 	args = []string{
 		"-tap", numastackTAP, "-addr", numastackServer + "/24", "-host", numastackClient + "/24",
 		"-mtu", strconv.Itoa(r.linkMTU()), "-shards", strconv.Itoa(max(r.shards, 1)), "-cpus", strconv.Itoa(b.serverCPU),
-		"-stats-json", os.Getenv(countersVar),
+	}
+	if path := os.Getenv(countersVar); path != "" {
+		args = append(args, "-stats-json", path)
 	}
 	if r.spin != 0 {
 		args = append(args, "-spin", max(r.spin, 0).String())
