@@ -259,7 +259,7 @@ func (s *Shard) adopt(m *move) {
 			h.Move(c)
 		}
 	}
-	for u := range g.sockets {
+	for _, u := range g.sockets {
 		if u.moved != nil {
 			u.moved(s)
 		}
