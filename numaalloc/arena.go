@@ -115,8 +115,9 @@ func (a *Arena) Node() int { return a.node }
 // error that wraps ErrNotPermitted, or nil.
 func (a *Arena) FirstTouch() error { return a.firstTouch }
 
-// Adopt binds the whole pages of b to the node, moves there what is elsewhere,
-// and writes to each page without changing it, so that all of them exist. The
+// Adopt binds the whole pages of b to the node and puts new ones there in place
+// of those that exist, with the same contents; nobody else may use b meanwhile. It
+// writes to each page without changing it, so that all of them exist. The
 // arena keeps b until Release. A range without a whole page is counted as left
 // out and otherwise ignored, and so is one that was adopted before.
 //
@@ -180,7 +181,7 @@ func (a *Arena) keep(b, mapping []byte) error {
 	var err error
 	if pages := WholePages(b); len(pages) > 0 && a.node != noNode {
 		if a.firstTouch == nil {
-			err = a.calls.bind(pages, a.node)
+			err = a.calls.replace(pages, a.node)
 		}
 		if err != nil || a.firstTouch != nil {
 			a.fallbacks.Add(1)

@@ -150,6 +150,53 @@ func TestArenaAdoptMoves(t *testing.T) {
 	}
 }
 
+// TestArenaAdoptReplaces pages that exist: part of a huge page would go where
+// another part is moved.
+func TestArenaAdoptReplaces(t *testing.T) {
+	const pages = 2*renewedAtOnce/4096 + 1
+	for _, test := range []struct {
+		name    string
+		touched bool
+		err     error // of the first discard
+		want    int   // bytes discarded
+	}{
+		{"absent", false, nil, 0},
+		{"there", true, nil, pages * os.Getpagesize()},
+		{"locked", true, unix.EINVAL, 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			b := mapPages(t, pages)
+			for i := range b {
+				if test.touched {
+					b[i] = byte(i / 3)
+				}
+			}
+			discarded := 0
+			calls := kernelMemory
+			calls.discard = func(b []byte) error {
+				if test.err != nil {
+					return test.err
+				}
+				discarded += len(b)
+				return kernelMemory.discard(b)
+			}
+			a := newTestArena(t, ArenaConfig{Node: memoryNodes(t)[0]}, &calls)
+			if err := a.Adopt(b); err != nil {
+				t.Fatal(err)
+			}
+			if discarded != test.want {
+				t.Errorf("%d bytes discarded, want %d", discarded, test.want)
+			}
+			for i := range b {
+				if test.touched && b[i] != byte(i/3) {
+					t.Fatalf("byte %d has become %d", i, b[i])
+				}
+			}
+			wantVerified(t, a, pages)
+		})
+	}
+}
+
 func TestArenaIgnoresWhatHasNoWholePage(t *testing.T) {
 	a := newTestArena(t, ArenaConfig{Node: memoryNodes(t)[0]}, &kernelMemory)
 	for _, b := range [][]byte{nil, make([]byte, 100)} {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"syscall"
 )
 
@@ -11,6 +12,10 @@ const (
 	// pagesPerCall is how many pages one system call asks about: few enough
 	// that their addresses fit the stack.
 	pagesPerCall = 512
+
+	// renewedAtOnce is how many bytes of pages are replaced at a time: few enough
+	// for the stack.
+	renewedAtOnce = 16 << 10
 
 	// noNode stands for "no memory policy".
 	noNode = -1
@@ -33,8 +38,8 @@ var ErrNotPermitted = errors.New("memory policies are refused by the kernel or t
 // Where tells; under MPOL_BIND the kernel would end the process instead,
 // although other nodes have memory. A change of the cpuset does not redirect
 // the policy to another node. Pages that the kernel cannot move, such as those
-// pinned for DMA, stay. The kernel's automatic NUMA balancing leaves bound
-// pages alone.
+// pinned for DMA, stay, and so may parts of huge pages; an [Arena] replaces them. The
+// kernel's automatic NUMA balancing leaves bound pages alone.
 //
 // The policy belongs to the addresses and outlives the object on Go's heap:
 // Unbind b before dropping it, or later objects land on this node. Each bound
@@ -100,6 +105,7 @@ type memoryCalls struct {
 	mmap      func(n int) ([]byte, error)
 	munmap    func(b []byte) error
 	hugePages func(b []byte) error // MADV_HUGEPAGE
+	discard   func(b []byte) error // MADV_DONTNEED
 }
 
 func (k *memoryCalls) bind(b []byte, node int) error {
@@ -125,6 +131,35 @@ func (k *memoryCalls) bind(b []byte, node int) error {
 		return k.nodeError(fmt.Sprintf("bind %d bytes to node %d", len(pages), node), err)
 	}
 	return nil
+}
+
+// replace binds like bind, but puts new pages in place of those that exist,
+// with the same contents. Nobody else may use them meanwhile.
+//
+// To move them is not enough. What is part of a huge page, as Go's heap often
+// is, follows it when another part is moved. And Linux 6.1 moves nothing, without
+// a word, once the huge page's first page was given back, as Go's scavenger does
+// (migrate_page_add in mm/mempolicy.c).
+func (k *memoryCalls) replace(b []byte, node int) error {
+	pages := WholePages(b)
+	if checkNode(node) == nil && k.mbind(pages, node, false) == nil {
+		k.renew(pages)
+	}
+	return k.bind(b, node) // finds nothing to move, or tells what was wrong
+}
+
+func (k *memoryCalls) renew(pages []byte) {
+	var old [renewedAtOnce]byte
+	if there, elsewhere, _, err := k.count(pages, 0); err == nil && there+elsewhere == 0 {
+		return
+	}
+	for part := range slices.Chunk(pages, len(old)) {
+		copy(old[:], part)
+		if k.discard(part) != nil {
+			return // locked in memory, for one: they can still be moved
+		}
+		copy(part, old[:])
+	}
 }
 
 func (k *memoryCalls) unbind(b []byte) error {

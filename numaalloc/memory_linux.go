@@ -38,6 +38,9 @@ var kernelMemory = memoryCalls{
 	hugePages: func(b []byte) error {
 		return unix.Madvise(b, unix.MADV_HUGEPAGE)
 	},
+	discard: func(b []byte) error {
+		return unix.Madvise(b, unix.MADV_DONTNEED)
+	},
 }
 
 // maskOf returns the mask of one node, which checkNode let pass.

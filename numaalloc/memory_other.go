@@ -13,4 +13,5 @@ var kernelMemory = memoryCalls{
 	mmap:         func(n int) ([]byte, error) { return make([]byte, n), nil },
 	munmap:       func([]byte) error { return nil },
 	hugePages:    func([]byte) error { return errors.ErrUnsupported },
+	discard:      func([]byte) error { return errors.ErrUnsupported },
 }
