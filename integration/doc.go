@@ -17,4 +17,7 @@
 // much is run: -short runs fewer combinations, and the environment variable
 // NUMASTACK_SOAK, when it is not empty, makes the soak tests run for 30 s
 // instead of 3, or for as long as it says, such as 60s.
+//
+// Tests that need several NUMA nodes, or CPUs to take offline, are skipped on most
+// machines; `make numa` runs them in guests, see the folder guest.
 package integration

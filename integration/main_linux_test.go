@@ -124,9 +124,16 @@ var apps struct {
 	err  error
 }
 
+// programsVar names the folder of the applications where there is no Go to build
+// them: in a guest.
+const programsVar = "NUMASTACK_PROGRAMS"
+
 // app returns the path of the built application.
 func app(t *testing.T, name string) string {
 	t.Helper()
+	if dir := os.Getenv(programsVar); dir != "" {
+		return dir + "/" + name
+	}
 	apps.once.Do(func() {
 		apps.dir, apps.err = os.MkdirTemp("", "numastack-integration-") //nolint:usetesting // outlives the test
 		if apps.err != nil {
