@@ -3,9 +3,14 @@
 
 GO       ?= go
 FUZZTIME ?= 20s
-# More flags for one run: make test TESTFLAGS=-v, make bench BENCHFLAGS=-help.
+# More flags for one run: make test TESTFLAGS=-v, make bench BENCHFLAGS=-help,
+# make numa GUESTFLAGS=-v.
 TESTFLAGS  ?=
 BENCHFLAGS ?=
+GUESTFLAGS ?=
+
+# The kernel of the guests, outside the tree: clones share it, clean leaves it.
+GUEST_KERNEL := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/numastack-guest
 
 # The linter is built once per version and Go release, outside the module, so
 # that its dependencies stay out of go.sum. One built by an older Go than go.mod
@@ -23,7 +28,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 .DELETE_ON_ERROR:
 # Two targets at once would share the cores that tests and measurements pin.
 .NOTPARALLEL:
-.PHONY: help build test unit integration race fuzz bench bench-check bench-report demo lint fmt clean setup setup-race
+.PHONY: help build test unit integration race numa fuzz bench bench-check bench-report demo lint fmt clean setup setup-race setup-numa
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +50,16 @@ integration: setup ## run the tests with real TAP devices and real clients
 # The short versions: the detector makes the long ones take a quarter of an hour.
 race: setup setup-race ## run all tests, in their short versions, under the race detector
 	$(GO) test -p 1 -race -short -shuffle=on $(TESTFLAGS) ./...
+
+# Without cgo because the program is the guest's first process, too. A machine
+# that has no QEMU, or no Debian to get it and the kernel from, is no failure.
+numa: ## run the tests of placement in throw-away guests with several NUMA nodes
+	@if ! $(MAKE) --no-print-directory setup-numa; then \
+		echo "make $@: SKIPPED: no QEMU or no kernel for a guest, see above"; \
+		exit 0; \
+	fi; \
+	CGO_ENABLED=0 GOAMD64=v1 $(GO) run ./integration/guest -kernel $(GUEST_KERNEL) $(GUESTFLAGS) \
+		-programs ./apps/echo ./numaalloc ./integration=TestNodes
 
 # `go test -fuzz` takes one target of one package, so list them first.
 fuzz: ## run each fuzz target for FUZZTIME (20s)
@@ -112,3 +127,7 @@ setup: # the clients that tests and measurements start, and the TAP driver
 
 setup-race: # the race detector is linked through cgo
 	$(call need,gcc:gcc /usr/include/stdlib.h:libc6-dev)
+
+setup-numa: # what emulates the guests, and their kernel
+	$(call need,qemu-system-x86_64:qemu-system-x86)
+	@integration/guest/fetch-kernel $(GUEST_KERNEL)
