@@ -64,6 +64,12 @@ func run(ctx context.Context, o options, args []string) error {
 	if err := prepareSandbox(); err != nil {
 		return err
 	}
+	if err := os.Setenv(congestionVar, o.congestion); err != nil {
+		return fmt.Errorf("name the congestion control: %w", err)
+	}
+	if err := setCongestion(); err != nil {
+		return err
+	}
 	b := bench{options: o, apps: os.Getenv(appsVar), rates: map[string]float64{}}
 	if o.demo {
 		return b.runDemo(ctx)

@@ -19,7 +19,9 @@
 //  2. For every sample a fresh server process is started on the server's CPU, and a fresh
 //     client process on the client's CPU. Both inherit the affinity before their runtime
 //     starts its first thread, so the whole process has one core, GOMAXPROCS included.
-//  3. The client is the same for all peers and uses kernel sockets. It warms up, then notes
+//  3. The client is the same for all peers and uses kernel sockets, whose congestion control
+//     is Reno unless -congestion says otherwise: one that paces measures the client's timers.
+//     It warms up, then notes
 //     time, bytes or operations, and the server's CPU time at both ends of one window.
 //  4. The peers alternate inside every round, and the first one rotates. A row's figure is
 //     the median of its rounds: neighbours on a shared host move absolute figures by a

@@ -19,17 +19,18 @@ import (
 
 func (b *bench) environment() environment {
 	env := environment{
-		Time:      time.Now().UTC().Format(time.RFC3339),
-		Commit:    commit(),
-		Go:        runtime.Version(),
-		GVisor:    moduleVersion("gvisor.dev/gvisor"),
-		Kernel:    kernelRelease(),
-		CPUs:      runtime.NumCPU(),
-		ServerCPU: b.serverCPU,
-		ClientCPU: b.clientCPU,
-		Rounds:    b.rounds,
-		SampleSec: b.duration.Seconds(),
-		MTU:       standardMTU,
+		Time:       time.Now().UTC().Format(time.RFC3339),
+		Commit:     commit(),
+		Go:         runtime.Version(),
+		GVisor:     moduleVersion("gvisor.dev/gvisor"),
+		Kernel:     kernelRelease(),
+		CPUs:       runtime.NumCPU(),
+		ServerCPU:  b.serverCPU,
+		ClientCPU:  b.clientCPU,
+		Rounds:     b.rounds,
+		SampleSec:  b.duration.Seconds(),
+		MTU:        standardMTU,
+		Congestion: congestion(),
 	}
 	for _, r := range b.rows {
 		switch r.load {

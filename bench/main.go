@@ -17,16 +17,17 @@ import (
 
 // options is the command line after validation.
 type options struct {
-	quick     bool
-	jsonOut   bool
-	demo      bool
-	rows      []row
-	peers     []string
-	rounds    int
-	duration  time.Duration // of one sample's window, warm-up not included
-	idleConns int           // of the idle rows
-	cpus      [2]int        // server, client; -1: the first two this process may use
-	apps      string        // folder with built applications; empty: build them
+	quick      bool
+	jsonOut    bool
+	demo       bool
+	rows       []row
+	peers      []string
+	rounds     int
+	duration   time.Duration // of one sample's window, warm-up not included
+	idleConns  int           // of the idle rows
+	cpus       [2]int        // server, client; -1: the first two this process may use
+	congestion string        // control of the kernel's TCP; empty: the system's default
+	apps       string        // folder with built applications; empty: build them
 	reporting
 }
 
@@ -110,6 +111,8 @@ func parseOptions(args []string, usage io.Writer) (options, error) {
 	fs.DurationVar(&o.duration, "duration", time.Second, "length of one sample")
 	fs.IntVar(&o.idleConns, "idle-conns", 0, "`connections` of the idle rows (default: 20000, with -quick 5000)")
 	fs.StringVar(&cpuList, "cpus", "", "`server,client` CPUs (default: the first two this process may use)")
+	fs.StringVar(&o.congestion, "congestion", "reno", "congestion control of all the kernel's sockets, client and server; empty: the system's `name`.\n"+
+		"One that paces, such as bbr, may cost a client more for its timers than for its bytes: then the rows measure the client")
 	fs.StringVar(&o.apps, "apps", "", "`folder` with the built applications echo, httpd and iperf3 (default: build them with go build)")
 	fs.StringVar(&o.out, "out", "", "also write the result as JSON to `file`")
 	fs.StringVar(&checkFile, "check", "", "fail when a ratio to gvisor is under half of that in the result `file`")

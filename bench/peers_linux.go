@@ -148,6 +148,9 @@ func serveRole(ctx context.Context, argument string) error {
 	if err := json.Unmarshal([]byte(argument), &spec); err != nil {
 		return fmt.Errorf("server specification %q: %w", argument, err)
 	}
+	if err := setCongestion(); err != nil {
+		return err
+	}
 	ready := func() { fmt.Println("ready") }
 	switch spec.Peer {
 	case peerNumastack:

@@ -174,7 +174,12 @@ func TestPeers(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, r := range rows {
-			s, err := b.sample(t.Context(), tt.peer, r)
+			var s sample
+			for range 3 { // a window is short for a busy machine
+				if s, err = b.sample(t.Context(), tt.peer, r); err == nil {
+					break
+				}
+			}
 			if err != nil {
 				t.Errorf("%s, %s: %v", tt.peer, r.name, err)
 				continue

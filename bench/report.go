@@ -26,19 +26,20 @@ type report struct {
 
 // environment says where and how the figures were taken.
 type environment struct {
-	Time      string  `json:"time"`
-	Commit    string  `json:"commit,omitempty"`
-	Go        string  `json:"go"`
-	GVisor    string  `json:"gvisor,omitempty"`
-	Kernel    string  `json:"kernel"`
-	CPU       string  `json:"cpu"`
-	CPUs      int     `json:"cpus"`
-	TSCHz     float64 `json:"tsc_hz,omitempty"`
-	ServerCPU int     `json:"server_cpu"`
-	ClientCPU int     `json:"client_cpu"`
-	Rounds    int     `json:"rounds"`
-	SampleSec float64 `json:"sample_seconds"`
-	MTU       int     `json:"mtu"`
+	Time       string  `json:"time"`
+	Commit     string  `json:"commit,omitempty"`
+	Go         string  `json:"go"`
+	GVisor     string  `json:"gvisor,omitempty"`
+	Kernel     string  `json:"kernel"`
+	CPU        string  `json:"cpu"`
+	CPUs       int     `json:"cpus"`
+	TSCHz      float64 `json:"tsc_hz,omitempty"`
+	ServerCPU  int     `json:"server_cpu"`
+	ClientCPU  int     `json:"client_cpu"`
+	Rounds     int     `json:"rounds"`
+	SampleSec  float64 `json:"sample_seconds"`
+	MTU        int     `json:"mtu"`
+	Congestion string  `json:"congestion,omitempty"` // control of the kernel's TCP
 	// Only where rows use them.
 	HTTPClient string `json:"http_client,omitempty"` // "wrk", or "bench" where it is not installed
 	IdleConns  int    `json:"idle_conns,omitempty"`

@@ -102,6 +102,9 @@ func (env environment) where() string { return env.machine() + ", " + env.versio
 
 func (env environment) machine() string {
 	where := fmt.Sprintf("%s, %d CPUs, Linux %s", env.CPU, env.CPUs, env.Kernel)
+	if env.Congestion != "" {
+		where += ", TCP of the kernel with " + env.Congestion
+	}
 	if day, _, ok := strings.Cut(env.Time, "T"); ok {
 		where += ", " + day
 	}

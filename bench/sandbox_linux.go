@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strings"
 	"syscall"
 	"time"
 
@@ -17,6 +18,8 @@ import (
 const (
 	sandboxVar = "NUMASTACK_BENCH_SANDBOX" // "1" inside
 	appsVar    = "NUMASTACK_BENCH_APPS"    // folder of the built applications
+
+	congestionVar = "NUMASTACK_BENCH_CONGESTION" // the value of -congestion, for servers in other namespaces
 )
 
 func inSandbox() bool { return os.Getenv(sandboxVar) == "1" }
@@ -65,6 +68,27 @@ func prepareSandbox() error {
 	}
 	_ = unix.Close(fd)
 	return linkUp("lo")
+}
+
+const congestionFile = "/proc/sys/net/ipv4/tcp_congestion_control" // of the namespace that opens it
+
+// setCongestion makes sockets of this network namespace use a congestion control.
+func setCongestion() error {
+	name := os.Getenv(congestionVar)
+	if name == "" {
+		return nil
+	}
+	if err := os.WriteFile(congestionFile, []byte(name), 0); err != nil {
+		accepted, _ := os.ReadFile("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
+		return fmt.Errorf("set congestion control %q: %w: accepted are %s", name, err, strings.Join(strings.Fields(string(accepted)), ", "))
+	}
+	return nil
+}
+
+// congestion returns the congestion control of this network namespace.
+func congestion() string {
+	b, _ := os.ReadFile(congestionFile)
+	return strings.TrimSpace(string(b))
 }
 
 // buildApps compiles the applications into a new folder, outside the namespace because

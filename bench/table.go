@@ -30,6 +30,9 @@ func (rep *report) writeTable(w io.Writer) error {
 	}
 	fmt.Fprintf(&b, "\nserver on CPU %d, client on CPU %d, MTU %d, medians of up to %d rounds of %.3g s\n",
 		env.ServerCPU, env.ClientCPU, env.MTU, env.Rounds, env.SampleSec)
+	if env.Congestion != "" {
+		fmt.Fprintf(&b, "the kernel's TCP, client and server, with %s\n", env.Congestion)
+	}
 	if env.HTTPClient != "" {
 		fmt.Fprintf(&b, "HTTP client %s\n", env.HTTPClient)
 	}

@@ -24,7 +24,7 @@ const (
 	DefaultHandlerLimit = 10 * time.Millisecond
 
 	DefaultSendBuffer    = 768 << 10
-	DefaultReceiveBuffer = 512 << 10
+	DefaultReceiveBuffer = 2 << 20
 
 	minBuffer = 4 << 10
 	maxBuffer = 1 << 30
@@ -242,7 +242,7 @@ type Config struct {
 	// peer has acknowledged them, and ReceiveBuffer how many it holds, overhead
 	// included, before the application has read them; both 4 KiB to 1 GiB.
 	// With a peer farther away than 2 ms they grow, to 4 MiB unless they are
-	// larger. Default 768 KiB and 512 KiB.
+	// larger. Default 768 KiB and 2 MiB.
 	SendBuffer, ReceiveBuffer int
 	// RxBuffers is how many receive buffers of 64 KiB a shard makes at most.
 	// They are made when needed; without a free one, payload is copied, and
