@@ -53,6 +53,11 @@ func TestNodesPages(t *testing.T) {
 	if after < before || before == 0 && len(memories(nodes)) > 1 {
 		t.Errorf("%d pages are bound before the requests and %d after, want some and no fewer", before, after)
 	}
+	for _, s := range r.Stats().Shards {
+		if looks := s.Stages[0].Count; s.Astray != 0 || looks == 0 {
+			t.Errorf("shard %d: %d of %d turns looked at ran on another CPU than %d; want none of some", s.Shard, s.Astray, looks, s.CPU)
+		}
+	}
 }
 
 // request sends b in requests of a size, one write each, and reads all

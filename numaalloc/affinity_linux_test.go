@@ -41,6 +41,9 @@ func TestPin(t *testing.T) {
 			if current, err := currentCPU(); err != nil || current != cpu {
 				t.Errorf("thread pinned to %d runs on %d (%v)", cpu, current, err)
 			}
+			if current := CurrentCPU(); current != cpu {
+				t.Errorf("CurrentCPU = %d on a thread pinned to %d", current, cpu)
+			}
 			// What Pin did to this thread is not what the process may do.
 			if again, err := allowedAtStart(); err != nil || !slices.Equal(again, allowed) {
 				t.Errorf("allowedAtStart after Pin = %v (%v), want %v", again, err, allowed)

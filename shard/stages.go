@@ -1,5 +1,7 @@
 package shard
 
+import "numastack/numaalloc"
+
 // A stage is a part of a shard's turn.
 type stage int
 
@@ -81,6 +83,9 @@ func (s *Shard) endStages(worked bool) {
 		return
 	}
 	t.turn[t.now] += s.readClock() - t.since
+	if numaalloc.CurrentCPU() != s.cpu {
+		s.counters.Astray++
+	}
 	for i, d := range t.turn {
 		t.add(stage(i), d)
 	}

@@ -2,7 +2,10 @@ package shard
 
 import (
 	"net/netip"
+	"slices"
 	"testing"
+
+	"numastack/numaalloc"
 )
 
 // TestStages: the time that a handler takes is the application's, whatever else
@@ -55,5 +58,41 @@ func TestStages(t *testing.T) {
 	}
 	if n := b.count().Stages[stageRead].Count; n != before {
 		t.Errorf("%d turns without work were timed", n-before)
+	}
+}
+
+// TestAstray: a shard whose thread runs on another CPU than it was pinned to
+// tells.
+func TestAstray(t *testing.T) {
+	others := slices.Clone(thisMachine(t).AllowedCPUs)
+	if len(others) < 2 {
+		t.Skipf("needs two CPUs, has %v", others)
+	}
+	a, b := steppedPair(t)
+	listenStepped(t, b, 7, echoHandler())
+	client := dialStepped(t, a, netip.AddrPortFrom(addrB, 7), &testHandler{data: func(_ *Conn, p []byte) int { return len(p) }})
+	settle(t, a, b)
+	work := func() uint64 {
+		for range 2 * timedTurns {
+			if _, err := client.Write([]byte("x")); err != nil {
+				t.Fatal(err)
+			}
+			settle(t, a, b)
+		}
+		return b.count().Astray
+	}
+	if n := work(); n != 0 {
+		t.Errorf("%d turns on another CPU than %d", n, b.cpu)
+	}
+	for _, cpu := range others {
+		if cpu != b.cpu {
+			if err := numaalloc.Pin(cpu); err != nil {
+				t.Fatal(err)
+			}
+			break
+		}
+	}
+	if n := work(); n == 0 {
+		t.Errorf("the shard of CPU %d does not know that CPU %d runs it", b.cpu, numaalloc.CurrentCPU())
 	}
 }

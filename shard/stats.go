@@ -44,6 +44,7 @@ type Counters struct {
 	Turns       uint64 `json:"turns"`        // passes of the loop that did work
 	Wakes       uint64 `json:"wakes"`        // returns from a blocking wait
 	TimersFired uint64 `json:"timers_fired"` // netstack timers run
+	Astray      uint64 `json:"astray"`       // turns, of one in 16 that is looked at, that another CPU ran: the shard's is offline, or somebody has changed its thread's affinity
 
 	ConnsOpen     uint64 `json:"conns_open"`     // connections that exist now
 	ConnsAccepted uint64 `json:"conns_accepted"` // ever
