@@ -3,6 +3,8 @@
 
 GO       ?= go
 FUZZTIME ?= 20s
+# How long each soak test puts load on a stack.
+SOAK     ?= 10s
 # More flags for one run: make test TESTFLAGS=-v, make bench BENCHFLAGS=-help,
 # make numa GUESTFLAGS=-v.
 TESTFLAGS  ?=
@@ -44,7 +46,7 @@ unit: setup ## run the tests beside the code
 
 # One package at a time: these tests load both ends of a connection.
 integration: setup ## run the tests with real TAP devices and real clients
-	NUMASTACK_SOAK=1 $(GO) test -p 1 -timeout 20m -shuffle=on $(TESTFLAGS) ./integration/...
+	NUMASTACK_SOAK=$(SOAK) $(GO) test -p 1 -timeout 20m -shuffle=on $(TESTFLAGS) ./integration/...
 
 # One package at a time: pinned threads of two packages would wait for each other.
 # The short versions: the detector makes the long ones take a quarter of an hour.

@@ -15,9 +15,5 @@
 // It takes root, or a user namespace that the system allows, and /dev/net/tun;
 // a test that misses something is skipped and says what. Two settings change how
 // much is run: -short runs fewer combinations, and the environment variable
-// NUMASTACK_SOAK, when it is not empty, makes the soak tests run for 30 s
-// instead of 3, or for as long as it says, such as 60s.
-//
-// Tests that need several NUMA nodes, or CPUs to take offline, are skipped on most
-// machines; `make numa` runs them in guests, see the folder guest.
+// NUMASTACK_SOAK says how long the soak tests run, such as 60s; without it, 3 s.
 package integration

@@ -27,9 +27,6 @@ func soakTime() time.Duration {
 	if d, err := time.ParseDuration(soak); err == nil {
 		return d
 	}
-	if soak != "" {
-		return 30 * time.Second
-	}
 	return 3 * time.Second
 }
 

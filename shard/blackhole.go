@@ -22,6 +22,10 @@ const (
 	blackHoleMTU4 = 576
 )
 
+// leastPayload is the smallest segment in bytes that a peer's small window is a
+// reason for: the default of RFC 9293 section 3.7.1.
+const leastPayload = blackHoleMTU4 - header.IPv4MinimumSize - header.TCPMinimumSize
+
 // stuck is a connection whose retransmission timer has fired.
 type stuck struct {
 	una    seqnum.Value // what it waited for then
@@ -47,6 +51,12 @@ func (g *Group) lookForBlackHoles() {
 		timeouts := ep.Stats().(*tcp.Stats).SendErrors.Timeouts.Value()
 		if timeouts == 0 {
 			continue
+		}
+		if wnd := int(snd.SndWnd); snd.SndUna != snd.SndNxt && snd.Outstanding == 0 && wnd > 0 && wnd < snd.MaxPayloadSize {
+			// The peer has taken back a part of its window, below the segment
+			// that it has lost (RFC 9293 section 3.8.6 wants a sender to cope
+			// with that). gVisor would send nothing and set no timer.
+			makeSmaller(ep, uint32(max(wnd, leastPayload)+header.TCPMinimumSize))
 		}
 		s := g.stuck[ep]
 		if s.una != snd.SndUna {

@@ -110,6 +110,40 @@ func TestBlackHoleTimeouts(t *testing.T) {
 	timeOut("the second one", 2)
 }
 
+// TestWindowTakenBack: a segment is lost, and before it is sent again the peer
+// has taken back a part of its window: what fits the rest is sent.
+func TestWindowTakenBack(t *testing.T) {
+	for _, window := range []uint16{1000, 100} {
+		_, b := steppedPair(t)
+		r := newRawPeer(t, b)
+		if n, err := r.conn.Write(make([]byte, 1460)); n != 1460 || err != nil {
+			t.Fatalf("Write = %d, %v", n, err)
+		}
+		r.receive() // and lost
+		want := r.ack + 1460
+		r.send(&layers.TCP{ACK: true, Window: window}, 0, "")
+		for range 20 { // 2 seconds
+			r.later(100 * time.Millisecond)
+			for _, s := range r.receive() {
+				if n := len(s.Payload); s.Seq == r.ack && n > 0 {
+					if n > int(window) {
+						t.Fatalf("a segment of %d bytes for a window of %d", n, window)
+					}
+					r.ack += uint32(n)
+					window = 1000
+				}
+			}
+			r.send(&layers.TCP{ACK: true, Window: window}, 0, "")
+			if window == 100 {
+				window = 600 // opens a little
+			}
+		}
+		if r.ack != want {
+			t.Errorf("%d bytes have not come", want-r.ack)
+		}
+	}
+}
+
 func largestPayload(segments []*layers.TCP) (n int) {
 	for _, s := range segments {
 		n = max(n, len(s.Payload))

@@ -1,6 +1,7 @@
 package shard
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -125,7 +126,7 @@ func (r *rawPeer) send(tcp *layers.TCP, offset uint32, payload string) {
 
 func (r *rawPeer) sendIP(ip *layers.IPv4, tcp *layers.TCP, offset uint32, payload string) {
 	r.t.Helper()
-	tcp.SrcPort, tcp.DstPort, tcp.Seq, tcp.Ack, tcp.Window = r.port, 7, r.seq+offset, r.ack, 65535
+	tcp.SrcPort, tcp.DstPort, tcp.Seq, tcp.Ack, tcp.Window = r.port, 7, r.seq+offset, r.ack, cmp.Or(tcp.Window, 65535)
 	if err := tcp.SetNetworkLayerForChecksum(ip); err != nil {
 		r.t.Fatal(err)
 	}
