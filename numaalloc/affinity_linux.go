@@ -6,7 +6,6 @@ import (
 	"os"
 	"runtime"
 	"slices"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -44,16 +43,6 @@ func Pin(cpu int) error {
 		return fmt.Errorf("pin thread to cpu %d: %w; allowed are %s", cpu, err, describeAllowed())
 	}
 	return nil
-}
-
-// CurrentCPU returns the CPU that the calling thread runs on, or -1 if the
-// kernel does not say. Without a pin it may be wrong at once (getcpu(2)).
-func CurrentCPU() int {
-	var cpu uint32
-	if _, _, errno := unix.RawSyscall(unix.SYS_GETCPU, uintptr(unsafe.Pointer(&cpu)), 0, 0); errno != 0 {
-		return -1
-	}
-	return int(cpu)
 }
 
 // PinAny keeps the calling OS thread on the given CPUs, under the conditions of

@@ -71,3 +71,13 @@ func errnoError(errno unix.Errno) error {
 	}
 	return errno
 }
+
+// CurrentCPU returns the CPU that the calling thread runs on, or -1 if the
+// kernel does not say. Without a pin it may be wrong at once (getcpu(2)).
+func CurrentCPU() int {
+	var cpu uint32
+	if _, _, errno := unix.RawSyscall(unix.SYS_GETCPU, uintptr(unsafe.Pointer(&cpu)), 0, 0); errno != 0 {
+		return -1
+	}
+	return int(cpu)
+}

@@ -262,7 +262,8 @@ func (p *NodePool) Stats() PoolStats {
 // Do, with the stack it happened on.
 //
 // f may block, which keeps others from its thread. When f calls Do in turn, it
-// holds its own thread meanwhile: give that a context that ends.
+// holds its own thread meanwhile: give that a context that ends. It must not close
+// the pools, or the stack they belong to: that waits for it.
 func (p *NodePool) Do(ctx context.Context, f func(t *PoolThread)) error {
 	if f == nil {
 		return fmt.Errorf("pool of node %d: the function is nil", p.node)

@@ -52,13 +52,14 @@ func (g *Group) lookForBlackHoles() {
 		if timeouts == 0 {
 			continue
 		}
-		if wnd := int(snd.SndWnd); snd.SndUna != snd.SndNxt && snd.Outstanding == 0 && wnd > 0 && wnd < snd.MaxPayloadSize {
+		s := g.stuck[ep]
+		if wnd := int(snd.SndWnd); timeouts != s.seen && snd.SndUna != snd.SndNxt && snd.Outstanding == 0 && wnd > 0 && wnd < snd.MaxPayloadSize {
 			// The peer has taken back a part of its window, below the segment
 			// that it has lost (RFC 9293 section 3.8.6 wants a sender to cope
 			// with that). gVisor would send nothing and set no timer.
+			g.shard.counters.WindowsShrunk++
 			makeSmaller(ep, uint32(max(wnd, leastPayload)+header.TCPMinimumSize))
 		}
-		s := g.stuck[ep]
 		if s.una != snd.SndUna {
 			s.una, s.inVain = snd.SndUna, 0
 		}

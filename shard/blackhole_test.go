@@ -141,6 +141,9 @@ func TestWindowTakenBack(t *testing.T) {
 		if r.ack != want {
 			t.Errorf("%d bytes have not come", want-r.ack)
 		}
+		if b.count().WindowsShrunk == 0 {
+			t.Error("a window that was taken back is not counted")
+		}
 	}
 }
 

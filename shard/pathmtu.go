@@ -68,11 +68,16 @@ func (s *Shard) learn(to tcpip.Address, mtu uint32, proved bool) bool {
 	}
 	p.until = s.now + narrowPathTime
 	if _, known := s.paths[to]; !known && len(s.paths) == maxNarrowPaths {
-		for other := range s.paths { // any one
-			delete(s.paths, other)
-			break
-		}
 		s.counters.PathsForgotten++
+		for other, o := range s.paths {
+			if proved || s.now >= o.until { // or anybody could make it forget others
+				delete(s.paths, other)
+				break
+			}
+		}
+		if len(s.paths) == maxNarrowPaths {
+			return false
+		}
 	}
 	if s.paths == nil {
 		s.paths = make(map[tcpip.Address]narrowPath)

@@ -282,6 +282,13 @@ func TestNarrowPaths(t *testing.T) {
 	if c := b.count(); c.NarrowPaths != maxNarrowPaths || c.PathsForgotten != 7 {
 		t.Errorf("%d paths known and %d forgotten, want %d and 7", c.NarrowPaths, c.PathsForgotten, maxNarrowPaths)
 	}
+	if b.learn(host(9000), 1300, false) || b.count().NarrowPaths != maxNarrowPaths {
+		t.Error("a word about a datagram has taken the place of what is proved")
+	}
+	b.now += narrowPathTime
+	if !b.learn(host(9000), 1300, false) {
+		t.Error("a path has not taken the place of one that is forgotten")
+	}
 	b.now += narrowPathTime
 	if p := b.path(host(maxNarrowPaths + 6)); p.mtu != noMTU || p.proved != noMTU {
 		t.Errorf("%+v is known after its time", p)

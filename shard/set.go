@@ -77,8 +77,9 @@ type Set struct {
 	doneOnce sync.Once
 	done     chan struct{} // closed when the device is lost or the set closed
 	failure  atomic.Pointer[error]
-	ended    chan struct{} // closed after the last thread
-	final    []Counters    // the last ones, once ended
+	halted   chan struct{} // closed after the last shard
+	final    []Counters    // the last ones, once halted
+	ended    chan struct{} // closed at the end of Close
 
 	dials atomic.Uint32 // spreads dials over groups
 
@@ -141,9 +142,9 @@ func newSet(cfg Config) (*Set, error) {
 
 		listeners: make(map[*Listener]struct{}),
 
-		begin: make(chan struct{}),
-		done:  make(chan struct{}),
-		ended: make(chan struct{}),
+		begin:  make(chan struct{}),
+		done:   make(chan struct{}),
+		halted: make(chan struct{}), ended: make(chan struct{}),
 	}
 	set.costs.Store(cfg.Costs)
 	for id, queue := range cfg.Queues {
@@ -177,6 +178,9 @@ func (set *Set) newShard(id int, queue *dispatch.Queue) (*Shard, error) {
 		readClock: func() int64 {
 			return int64(time.Since(set.start)) //nolint:forbidigo // this is where the turn's time stamp comes from
 		},
+	}
+	if nodes := set.cfg.MemoryNodes; nodes != nil && nodes[id] >= 0 {
+		s.memory = nodes[id] // chosen by measured costs, for one
 	}
 	for from := range s.inbox {
 		if from == id {
@@ -214,7 +218,7 @@ func (set *Set) Stats() []Counters {
 	all := make([]Counters, len(set.shards))
 	for i, s := range set.shards {
 		if !s.do(func(s *Shard) { all[i] = s.count() }) {
-			<-set.ended
+			<-set.halted
 			return set.final
 		}
 	}
@@ -290,9 +294,11 @@ func (set *Set) Close() {
 			})
 		}
 		set.running.Wait()
+		// Functions of the pools may wait for it, or ask for the counters.
+		close(set.halted)
+		set.doneOnce.Do(func() { close(set.done) })
 		set.pools.Close()
 		set.closeEventFDs()
-		set.doneOnce.Do(func() { close(set.done) })
 		close(set.ended)
 	})
 	<-set.ended

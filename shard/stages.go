@@ -45,7 +45,7 @@ func (c StageCounters) Average() float64 {
 
 // stageTimes times the stages of a turn. Owned by the shard's thread.
 type stageTimes struct {
-	turns  uint  // since one was timed
+	turns  uint  // that did work since one was timed
 	timing bool  // in this turn
 	now    stage // that the turn is in
 	since  int64
@@ -53,11 +53,11 @@ type stageTimes struct {
 	sums   [numStages]StageCounters
 }
 
-// begin starts a turn at the given time.
+// begin starts a turn at the given time. Whether it does work is not known yet, so
+// all are timed until one does.
 func (t *stageTimes) begin(at int64) {
-	t.turns++
-	if t.timing = t.turns == timedTurns; t.timing {
-		t.turns, t.now, t.since, t.turn = 0, stageRead, at, [numStages]int64{}
+	if t.timing = t.turns == timedTurns-1; t.timing {
+		t.now, t.since, t.turn = stageRead, at, [numStages]int64{}
 	}
 }
 
@@ -75,13 +75,14 @@ func (s *Shard) enter(next stage) {
 // endStages ends a turn. A turn without work does not count.
 func (s *Shard) endStages(worked bool) {
 	t := &s.stages
-	if !t.timing {
-		return
-	}
-	t.timing = false
 	if !worked {
 		return
 	}
+	if !t.timing {
+		t.turns++
+		return
+	}
+	t.timing, t.turns = false, 0
 	t.turn[t.now] += s.readClock() - t.since
 	if numaalloc.CurrentCPU() != s.cpu {
 		s.counters.Astray++

@@ -26,8 +26,10 @@ type Counters struct {
 	BlackHoles uint64 `json:"black_holes"` // connections whose segments were made smaller, because large ones were lost without a word
 
 	NarrowPaths    uint64 `json:"narrow_paths"`           // hosts to which the path is known to be narrower than the link now
-	PathsForgotten uint64 `json:"narrow_paths_forgotten"` // because there were too many
+	PathsForgotten uint64 `json:"narrow_paths_forgotten"` // or not learnt, because there were too many
 	ErrorsIgnored  uint64 `json:"icmp_errors_ignored"`    // errors about packets that were not on their way, and sizes that make no sense
+
+	WindowsShrunk uint64 `json:"windows_shrunk"` // connections whose segments were made smaller, because the peer took back a part of its window
 
 	FragmentsHeld uint64 `json:"fragments_held"` // fragments of IP that waited for the first one of their packet
 

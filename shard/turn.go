@@ -56,6 +56,7 @@ func (s *Shard) turn() bool {
 	if s.mail.read(s) {
 		work++
 	}
+	s.enter(stageApplication) // a group that came has delivered what was kept for it
 	work += s.runReady()
 	// What the application did to a connection of its own stack, and what the
 	// timers left behind.

@@ -162,7 +162,7 @@ type PoolStats = numaalloc.PoolStats
 func (s *Stack) NodePool(node int) (*NodePool, error) {
 	pool, err := s.set.NodePool(node)
 	if err == nil && pool.Node() != node {
-		s.cfg.Logger.Info("node has no CPU for its pool, that of the nearest one serves", "node", node, "pool", pool.Node())
+		s.cfg.Logger.Debug("node has no CPU for its pool, that of the nearest one serves", "node", node, "pool", pool.Node())
 	}
 	return pool, err
 }

@@ -118,7 +118,8 @@ type rebalancer struct {
 	uneven   int          // looks in a row that found a difference
 	wanted   int          // before something is done about it
 	unmoved  int          // looks since the last move
-	received map[int]bool // shards that lately got groups, and gave none away since
+	looks    int          // so far
+	received map[int]int  // by shard that got groups, and gave none away since: in which look
 	idle     int          // looks in a row that found a shard to spare
 	resting  map[int]bool // shards that were drained to conserve
 	lost     map[int]bool // shards whose CPU is gone; true: drained for that
@@ -154,7 +155,7 @@ func startRebalancer(mode Rebalance, set shards, log *slog.Logger, costs func() 
 func newRebalancer(mode Rebalance, set shards, log *slog.Logger) *rebalancer {
 	return &rebalancer{
 		mode: mode, set: set, log: log,
-		before: set.Stats(), wanted: rebalanceLooks, received: make(map[int]bool),
+		before: set.Stats(), wanted: rebalanceLooks, received: make(map[int]int),
 		resting: make(map[int]bool), lost: make(map[int]bool),
 		stopped: make(chan struct{}),
 	}
@@ -189,9 +190,9 @@ func (r *rebalancer) look() {
 	if r.uneven = r.uneven + 1; !uneven(loads, r.costs()) {
 		r.uneven = 0
 	}
+	r.looks++
 	if r.unmoved++; r.unmoved%rebalanceForget == 0 {
 		r.wanted = max(r.wanted/2, rebalanceLooks)
-		clear(r.received)
 	}
 	if r.uneven >= r.wanted && r.even(loads) {
 		r.wanted, r.uneven = min(2*r.wanted, rebalanceMostLooks), 0
@@ -299,9 +300,11 @@ func (r *rebalancer) even(loads []shardLoad) (inVain bool) {
 		}
 		r.moves.Add(1)
 		r.unmoved = 0
-		inVain = inVain || r.received[from.id]
+		if look, known := r.received[from.id]; known && r.looks-look < rebalanceForget {
+			inVain = true
+		}
 		delete(r.received, from.id)
-		r.received[to.id] = true
+		r.received[to.id] = r.looks
 		if from.node != to.node {
 			r.crossNode.Add(1)
 		}
