@@ -29,13 +29,10 @@ func (s clientSpec) bulk() (sample, error) {
 	}
 	fds := make([]int, s.Conns)
 	for i := range fds {
-		if fds[i], err = dial(s.Server, port); err != nil {
+		if fds[i], err = ep.dial(s.Server, port, i, events); err != nil {
 			return sample{}, err
 		}
 		defer reset(fds[i]) // nothing needs the rest at the end
-		if err := ep.add(fds[i], i, events); err != nil {
-			return sample{}, err
-		}
 	}
 
 	var received int64

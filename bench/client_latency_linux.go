@@ -45,13 +45,10 @@ func (s clientSpec) latency() (sample, error) {
 	defer ep.close()
 	flows := make([]flow, s.Conns)
 	for i := range flows {
-		if flows[i].fd, err = dial(s.Server, s.Ports.Echo); err != nil {
+		if flows[i].fd, err = ep.dial(s.Server, s.Ports.Echo, i, unix.EPOLLIN); err != nil {
 			return sample{}, err
 		}
 		defer reset(flows[i].fd)
-		if err := ep.add(flows[i].fd, i, unix.EPOLLIN); err != nil {
-			return sample{}, err
-		}
 	}
 
 	var (

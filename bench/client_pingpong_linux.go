@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"runtime"
 	"time"
 
@@ -79,13 +80,10 @@ func (s clientSpec) exchangeMany(port uint16, newExchange func() exchange) (samp
 	for i := range conns {
 		c := &conns[i]
 		c.exchange = newExchange()
-		if c.fd, err = dial(s.Server, port); err != nil {
+		if c.fd, err = ep.dial(s.Server, port, i, unix.EPOLLIN); err != nil {
 			return sample{}, err
 		}
 		defer reset(c.fd)
-		if err := ep.add(c.fd, i, unix.EPOLLIN); err != nil {
-			return sample{}, err
-		}
 	}
 	for i := range conns {
 		conns[i].sent = time.Now()
@@ -154,6 +152,19 @@ func (p *poller) add(fd, index int, events uint32) error {
 		return fmt.Errorf("epoll_ctl: %w", err)
 	}
 	return nil
+}
+
+// dial opens a connection, whose events then have its index.
+func (p *poller) dial(addr netip.Addr, port uint16, index int, events uint32) (int, error) {
+	fd, err := dial(addr, port)
+	if err != nil {
+		return -1, err
+	}
+	if err := p.add(fd, index, events); err != nil {
+		reset(fd)
+		return -1, err
+	}
+	return fd, nil
 }
 
 // wait returns at least one event; they are valid until the next call.

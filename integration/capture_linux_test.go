@@ -35,10 +35,11 @@ const (
 	vnetNeedsChecksum = 1
 )
 
-// captureDevice begins a capture. It ends with frames.
-func captureDevice(t *testing.T, device string) *capture {
+// captureSocket opens a packet socket for all frames of a device, with their
+// vnet headers.
+func captureSocket(t *testing.T, device string) (fd, index int) {
 	t.Helper()
-	fd, index := packetSocket(t, device, unix.ETH_P_ALL)
+	fd, index = packetSocket(t, device, unix.ETH_P_ALL)
 	for _, option := range []struct{ level, name, value int }{
 		{unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 256 << 20},
 		{unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1},
@@ -52,6 +53,13 @@ func captureDevice(t *testing.T, device string) *capture {
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
 		t.Fatal(err)
 	}
+	return fd, index
+}
+
+// captureDevice begins a capture. It ends with frames.
+func captureDevice(t *testing.T, device string) *capture {
+	t.Helper()
+	fd, index := captureSocket(t, device)
 	c := &capture{fd: fd, stop: make(chan struct{}), frames: make(chan []captured, 1)}
 	go c.read(index)
 	return c

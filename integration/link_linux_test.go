@@ -87,19 +87,7 @@ func openLink(t *testing.T, steering stack.Steering) *link {
 func (l *link) watch(t *testing.T) {
 	t.Helper()
 	l.fd, l.index = packetSocket(t, l.device, 0)
-	fd, index := packetSocket(t, l.device, unix.ETH_P_ALL)
-	for _, option := range []struct{ level, name, value int }{
-		{unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 256 << 20},
-		{unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1},
-	} {
-		if err := unix.SetsockoptInt(fd, option.level, option.name, option.value); err != nil {
-			t.Fatal(err)
-		}
-	}
-	timeout := unix.NsecToTimeval(50e6)
-	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
-		t.Fatal(err)
-	}
+	fd, index := captureSocket(t, l.device)
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(stopped)
