@@ -41,27 +41,28 @@ func Plan(cfg Config) (*Placement, error) {
 	if err != nil {
 		return nil, fmt.Errorf("stack config: %w", err)
 	}
+	_, _, plan, err := cfg.place()
+	return plan, err
+}
+
+// place looks at the machine and makes the plan.
+func (cfg *Config) place() (*numaalloc.Topology, *Costs, *Placement, error) {
 	topology, err := numaalloc.ReadTopology()
 	if err != nil {
-		return nil, err
+		return nil, nil, nil, err
 	}
 	costs, err := cfg.costs(context.Background(), topology)
 	if err != nil {
-		return nil, err
+		return nil, nil, nil, err
 	}
-	return cfg.place(topology, costs)
-}
-
-// place makes the plan.
-func (cfg *Config) place(topology *numaalloc.Topology, costs *Costs) (*Placement, error) {
 	plan, err := numaalloc.Placement{
 		Profile: cfg.Profile, Shards: cfg.Shards, CPUs: cfg.CPUs,
 		BaseCPU: cfg.BaseCPU, MaxCPU: cfg.MaxCPU, Nodes: cfg.Nodes, Device: cfg.CloseTo, Costs: costs,
 	}.Plan(topology)
 	if err != nil {
-		return nil, fmt.Errorf("stack config: %w", err)
+		return nil, nil, nil, fmt.Errorf("stack config: %w", err)
 	}
-	return plan, nil
+	return topology, costs, plan, nil
 }
 
 // memoryNodes returns the node of each shard's memory, or nil when there is

@@ -1,7 +1,6 @@
 package stack
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -36,15 +35,7 @@ func New(cfg Config) (_ *Stack, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("stack config: %w", err)
 	}
-	topology, err := numaalloc.ReadTopology()
-	if err != nil {
-		return nil, err
-	}
-	costs, err := cfg.costs(context.Background(), topology)
-	if err != nil {
-		return nil, err
-	}
-	plan, err := cfg.place(topology, costs)
+	topology, costs, plan, err := cfg.place()
 	if err != nil {
 		return nil, err
 	}
