@@ -116,13 +116,13 @@ func (e *netEngine) handle(w *respond, r *http.Request) {
 	h := w.Header()
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		h.Set("Allow", allowed)
-		fail(w, http.StatusMethodNotAllowed)
+		w.reject(r, http.StatusMethodNotAllowed)
 		return
 	}
 	if r.ContentLength != 0 {
 		if _, err := io.Copy(io.Discard, http.MaxBytesReader(w.ResponseWriter, r.Body, int64(e.maxBody))); err != nil {
 			h.Set("Connection", "close")
-			fail(w, http.StatusRequestEntityTooLarge)
+			w.reject(r, http.StatusRequestEntityTooLarge)
 			return
 		}
 	}
@@ -159,6 +159,19 @@ func (w *respond) text(contentType, body string) {
 	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	_, _ = io.WriteString(w, body) // net/http leaves it out for HEAD
+}
+
+// reject answers with an error, maybe before the body has come. A stream of
+// HTTP/2 that ends before its body is reset (RFC 9113, section 8.1), and some
+// clients, curl 7.88 among them, then drop an answer they have not read yet.
+// So the answer goes first, and the client gets lingerTime to end the stream.
+// lingerBytes is no limit here: it is less than a stream's window.
+func (w *respond) reject(r *http.Request, status int) {
+	fail(w, status)
+	if w.stream == nil || w.stream.Flush() != nil || w.stream.SetReadDeadline(time.Now().Add(lingerTime)) != nil {
+		return
+	}
+	_, _ = io.Copy(io.Discard, r.Body)
 }
 
 // WriteHeader implements http.ResponseWriter.
