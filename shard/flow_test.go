@@ -70,6 +70,7 @@ type rawPeer struct {
 	s        *Shard
 	h        *testHandler
 	conn     *Conn
+	addr     netip.Addr
 	port     layers.TCPPort
 	got      string // what the handler received
 	seq, ack uint32 // what it sends next, and has acknowledged
@@ -80,9 +81,13 @@ const rawPort = 40_000
 var rawPeerAddr = netip.MustParseAddr("10.1.0.9")
 
 // newRawPeer opens a connection to port 7 of s.
-func newRawPeer(t *testing.T, s *Shard) *rawPeer {
+func newRawPeer(t *testing.T, s *Shard) *rawPeer { return newRawPeerAt(t, s, rawPeerAddr) }
+
+// newRawPeerAt opens one from addr, which the host at rawPeerAddr has or routes,
+// with more TCP options.
+func newRawPeerAt(t *testing.T, s *Shard, addr netip.Addr, options ...layers.TCPOption) *rawPeer {
 	t.Helper()
-	r := &rawPeer{t: t, s: s, port: rawPort, seq: 1000}
+	r := &rawPeer{t: t, s: s, addr: addr, port: rawPort, seq: 1000}
 	r.h = &testHandler{
 		open: func(c *Conn) { r.conn = c },
 		data: func(_ *Conn, p []byte) int { r.got += string(p); return len(p) },
@@ -98,7 +103,7 @@ func newRawPeer(t *testing.T, s *Shard) *rawPeer {
 		})
 	r.receive()
 	mss := layers.TCPOption{OptionType: layers.TCPOptionKindMSS, OptionLength: 4, OptionData: []byte{1460 >> 8, 1460 & 0xff}}
-	r.send(&layers.TCP{SYN: true, Options: []layers.TCPOption{mss}}, 0, "")
+	r.send(&layers.TCP{SYN: true, Options: append(options, mss)}, 0, "")
 	answer := r.receive()
 	if len(answer) != 1 || !answer[0].SYN || !answer[0].ACK {
 		t.Fatalf("SYN was answered with %s", show(answer))
@@ -114,7 +119,7 @@ func newRawPeer(t *testing.T, s *Shard) *rawPeer {
 
 // ip is the header of what it sends.
 func (r *rawPeer) ip() *layers.IPv4 {
-	return &layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolTCP, SrcIP: rawPeerAddr.AsSlice(), DstIP: addrB.AsSlice()}
+	return &layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolTCP, SrcIP: r.addr.AsSlice(), DstIP: addrB.AsSlice()}
 }
 
 // send sends a segment that begins offset bytes after what was sent before, and

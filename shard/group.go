@@ -3,6 +3,7 @@ package shard
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -189,6 +190,12 @@ func (g *Group) setBuffers(send, receive int) tcpip.Error {
 	}
 	r := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: receive, Max: max(receive, maxAutoBuffer)}
 	return g.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &r)
+}
+
+// onLink reports whether frames to addr need no router.
+func (g *Group) onLink(addr tcpip.Address) bool {
+	a, _ := netip.AddrFromSlice(addr.AsSlice())
+	return slices.ContainsFunc(g.set.cfg.Addrs, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 // activate puts the group on the shard's list of groups whose TCP has work.

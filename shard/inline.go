@@ -28,6 +28,7 @@ type inlineTCP struct {
 	touched      []*tcp.Endpoint // endpoints with segments of this burst
 	touchedConns []*Conn         // the same, of those whose frames take the short way
 	strays       []strayQueue    // where gVisor re-queues an endpoint by itself
+	routed       bool            // a SYN of this burst came from beyond the link
 }
 
 func newInlineTCP(g *Group, s *stack.Stack) *inlineTCP {
@@ -66,8 +67,10 @@ func (p *inlineTCP) receive(ep *tcp.Endpoint, id stack.TransportEndpointID, pkt 
 		return false
 	}
 	p.stats.ValidSegmentsReceived.Increment()
-	if header.TCP(pkt.TransportHeader().Slice()).Flags()&header.TCPFlagRst != 0 {
+	if flags := header.TCP(pkt.TransportHeader().Slice()).Flags(); flags&header.TCPFlagRst != 0 {
 		p.stats.ResetsReceived.Increment()
+	} else if flags&header.TCPFlagSyn != 0 && !p.g.onLink(id.RemoteAddress) {
+		p.routed = true
 	}
 	queued := enqueueSegment(ep, s)
 	segmentDecRef(s)
@@ -108,9 +111,27 @@ func (p *inlineTCP) process() (worked bool) {
 			}
 		}
 		if len(p.touched) == 0 {
+			p.routed = false
 			return worked
 		}
 	}
+}
+
+// Option implements stack.TransportProtocol. gVisor asks for TCPRecovery when a
+// connection negotiates SACK. Connections to peers on the link do without RACK
+// and its tail loss probes (RFC 8985), with the recovery of RFC 6675: gVisor
+// sends a probe after two round-trip times, which is nothing next to the 40 ms
+// by which a receiver may delay an ACK while its reader is slow, and cuts the
+// congestion window when the probe turns out to have been needless. Beyond a
+// router, where round trips are long and tails do get lost, RACK stays.
+func (p *inlineTCP) Option(option tcpip.GettableTransportProtocolOption) tcpip.Error {
+	if err := p.TransportProtocol.Option(option); err != nil {
+		return err
+	}
+	if recovery, ok := option.(*tcpip.TCPRecovery); ok && !p.routed {
+		*recovery &^= tcpip.TCPRACKLossDetection
+	}
+	return nil
 }
 
 // run processes ep's segments as gVisor's own processor does, state by state.

@@ -7,7 +7,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/google/gopacket/layers"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
@@ -133,4 +137,40 @@ func dialStepped(t testing.TB, s *Shard, remote netip.AddrPort, h Handler) *Conn
 		t.Fatal(err)
 	}
 	return c
+}
+
+// TestTailLossProbe: a receiver on the link that delays its ACK is not probed;
+// one behind a router is, long before the retransmission timer.
+func TestTailLossProbe(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		addr   netip.Addr
+		probes int
+	}{
+		{"on the link", rawPeerAddr, 0},
+		{"routed", netip.MustParseAddr("192.0.2.1"), 1},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			_, b := steppedPair(t)
+			for _, g := range b.groups {
+				g.link.gso = false // one frame per segment
+				g.stack.AddRoute(tcpip.Route{Destination: header.IPv4EmptySubnet, Gateway: tcpipAddress(rawPeerAddr), NIC: nicID})
+			}
+			r := newRawPeerAt(t, b, test.addr, layers.TCPOption{OptionType: layers.TCPOptionKindSACKPermitted, OptionLength: 2})
+			if n, err := r.conn.Write(make([]byte, 2000)); n != 2000 || err != nil {
+				t.Fatalf("Write = %d, %v", n, err)
+			}
+			if n := len(r.receive()); n != 2 {
+				t.Fatalf("%d segments, want 2", n)
+			}
+			r.later(150 * time.Millisecond) // gVisor's RTO is 200 ms at least
+			if n := len(r.receive()); n != test.probes {
+				t.Errorf("%d segments sent again within 150 ms, want %d", n, test.probes)
+			}
+			r.later(time.Second)
+			if n := len(r.receive()); n == 0 {
+				t.Error("nothing sent again within a second")
+			}
+		})
+	}
 }
