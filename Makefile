@@ -30,7 +30,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 .DELETE_ON_ERROR:
 # Two targets at once would share the cores that tests and measurements pin.
 .NOTPARALLEL:
-.PHONY: help build test unit integration race numa fuzz bench bench-check bench-report demo lint fmt clean setup setup-race setup-numa
+.PHONY: help build test unit integration race numa fuzz bench bench-check bench-report pgo demo lint fmt clean setup setup-race setup-numa
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,8 +41,9 @@ build: ## compile everything, programs into bin/
 test: unit integration ## run the unit tests, then the integration tests
 
 # Without -buildvcs=false, go list fails for root in a checkout of another user.
+# -pgo=off, here and below: with a profile, each program compiles all it imports anew.
 unit: setup ## run the tests beside the code
-	$(GO) list -buildvcs=false ./... | { grep -v '/integration\(/\|$$\)' || true; } | xargs -r $(GO) test -shuffle=on $(TESTFLAGS)
+	$(GO) list -buildvcs=false ./... | { grep -v '/integration\(/\|$$\)' || true; } | xargs -r $(GO) test -pgo=off -shuffle=on $(TESTFLAGS)
 
 # One package at a time: these tests load both ends of a connection.
 integration: setup ## run the tests with real TAP devices and real clients
@@ -51,7 +52,7 @@ integration: setup ## run the tests with real TAP devices and real clients
 # One package at a time: pinned threads of two packages would wait for each other.
 # The short versions: the detector makes the long ones take a quarter of an hour.
 race: setup setup-race ## run all tests, in their short versions, under the race detector
-	$(GO) test -p 1 -race -short -shuffle=on $(TESTFLAGS) ./...
+	$(GO) test -p 1 -race -short -pgo=off -shuffle=on $(TESTFLAGS) ./...
 
 # Without cgo because the program is the guest's first process, too. A machine
 # that has no QEMU, or no Debian to get it and the kernel from, is no failure.
@@ -78,12 +79,28 @@ bench: setup ## measure against the peers, short version
 # Rows and peers as in the file, so that a slow machine slows both sides of a ratio.
 CHECK_ROWS := bulk_in_1,bulk_in_8,bulk_out_1,bulk_out_8,pingpong_1,pingpong_64,short,net_in_1,net_out_1,net_pingpong_64
 bench-check: setup ## fail when a ratio to gVisor is under half of that in bench/results/quick.json
-	$(GO) run ./bench -quick -check bench/results/quick.json -peers numastack,gvisor \
+	$(GO) run -pgo=off ./bench -quick -check bench/results/quick.json -peers numastack,gvisor \
 		-rows $(CHECK_ROWS) -rounds 2 -duration 500ms $(BENCHFLAGS)
+
+# The rows by the program that serves them. The peers serve in the bench; what they
+# do in the rows PGO_BENCH are samples of the others.
+PGO_ECHO  := bulk_in_1 bulk_in_8 bulk_out_1 bulk_out_8 pingpong_64 short
+PGO_HTTPD := http_shard http_net
+PGO_BENCH := net_in_1 net_out_1 net_pingpong_64
+pgo: setup ## profile the programs under load, for the compiler (default.pgo)
+	dir=$$(mktemp -d); \
+	trap 'rm -rf "$$dir"' EXIT; \
+	rows() { local row; for row in $$2; do echo "$$dir/$$row-$$1.pprof"; done; }; \
+	all='$(PGO_ECHO) $(PGO_HTTPD) $(PGO_BENCH)'; \
+	$(GO) run ./bench -quick -rounds 1 -duration 3s -peers numastack,gvisor,kernel -rows "$${all// /,}" -cpuprofile "$$dir"; \
+	$(GO) tool pprof -proto $$(rows numastack '$(PGO_ECHO)') >apps/echo/default.pgo; \
+	$(GO) tool pprof -proto $$(rows numastack '$(PGO_HTTPD)') >apps/httpd/default.pgo; \
+	shared='$(PGO_ECHO) $(PGO_HTTPD)'; \
+	$(GO) tool pprof -proto $$(rows numastack '$(PGO_BENCH)') $$(rows gvisor "$$shared") $$(rows kernel "$$shared") >bench/default.pgo
 
 bench-report: ## draw bench/results/quick.json, and fill in the tables that documents quote
 	$(GO) run ./bench -plot bench/results/quick bench/results/quick.json
-	$(GO) test ./bench -run '^TestDocuments$$' -update
+	$(GO) test -pgo=off ./bench -run '^TestDocuments$$' -update
 
 demo: setup ## show the stack at work
 	$(GO) run ./bench -demo $(BENCHFLAGS)

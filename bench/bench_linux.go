@@ -97,6 +97,12 @@ func run(ctx context.Context, o options, args []string) error {
 		defer out.discard()
 	}
 
+	if o.profiles != "" {
+		if err := os.MkdirAll(o.profiles, 0o777); err != nil {
+			return fmt.Errorf("-cpuprofile: %w", err)
+		}
+	}
+
 	samples, failures := b.measure(ctx)
 	if ctx.Err() != nil {
 		return errors.New("interrupted")

@@ -28,6 +28,7 @@ type options struct {
 	cpus       [2]int        // server, client; -1: the first two this process may use
 	congestion string        // control of the kernel's TCP; empty: the system's default
 	apps       string        // folder with built applications; empty: build them
+	profiles   string        // folder for the servers' CPU profiles; empty: none
 	reporting
 }
 
@@ -114,6 +115,7 @@ func parseOptions(args []string, usage io.Writer) (options, error) {
 	fs.StringVar(&o.congestion, "congestion", "reno", "congestion control of all the kernel's sockets, client and server; empty: the system's `name`.\n"+
 		"One that paces, such as bbr, may cost a client more for its timers than for its bytes: then the rows measure the client")
 	fs.StringVar(&o.apps, "apps", "", "`folder` with the built applications echo, httpd and iperf3 (default: build them with go build)")
+	fs.StringVar(&o.profiles, "cpuprofile", "", "also write a CPU profile of every server into `folder`, as ROW-PEER.pprof; of many rounds the last one's")
 	fs.StringVar(&o.out, "out", "", "also write the result as JSON to `file`")
 	fs.StringVar(&checkFile, "check", "", "fail when a ratio to gvisor is under half of that in the result `file`")
 	fs.StringVar(&o.compare, "compare", "", "instead of measuring, compare the result `file` with the newer one named after the flags")

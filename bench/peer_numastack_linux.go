@@ -25,6 +25,9 @@ func (b *bench) numastackCommand(r row) (path string, args []string) {
 	if path := os.Getenv(countersVar); path != "" {
 		args = append(args, "-stats-json", path)
 	}
+	if path := b.profile(peerNumastack, r); path != "" {
+		args = append(args, "-cpuprofile", path)
+	}
 	if r.spin != 0 {
 		args = append(args, "-spin", max(r.spin, 0).String())
 	}

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
+	"runtime/pprof"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -43,6 +45,8 @@ type serverSpec struct {
 	MTU  int    `json:"mtu"`
 	// Queue is how many frames may wait in the TAP for the server; 0: its default.
 	Queue int `json:"queue"`
+	// Profile is the file for a CPU profile; empty: none.
+	Profile string `json:"profile"`
 }
 
 // server is a peer that serves, in a process of its own.
@@ -59,7 +63,7 @@ func startPeer(ctx context.Context, name string, r row, b *bench) (*server, erro
 	if err != nil {
 		return nil, fmt.Errorf("find this program's file: %w", err)
 	}
-	arg, err := json.Marshal(serverSpec{Peer: name, Door: r.door, MTU: r.linkMTU(), Queue: r.queueLen(name)})
+	arg, err := json.Marshal(serverSpec{Peer: name, Door: r.door, MTU: r.linkMTU(), Queue: r.queueLen(name), Profile: b.profile(name, r)})
 	if err != nil {
 		return nil, fmt.Errorf("server specification: %w", err)
 	}
@@ -90,6 +94,14 @@ func startPeer(ctx context.Context, name string, r row, b *bench) (*server, erro
 		return nil, errors.Join(fmt.Errorf("start peer %s: %w", name, err), s.removeLink())
 	}
 	return s, nil
+}
+
+// profile returns the file for the CPU profile of a peer's server.
+func (o options) profile(peer string, r row) string {
+	if o.profiles == "" {
+		return ""
+	}
+	return filepath.Join(o.profiles, r.name+"-"+peer+".pprof")
 }
 
 // connectVeth joins this namespace and the child's with a veth pair. The child waits for
@@ -150,6 +162,17 @@ func serveRole(ctx context.Context, argument string) error {
 	}
 	if err := setCongestion(); err != nil {
 		return err
+	}
+	if spec.Profile != "" {
+		f, err := os.Create(spec.Profile)
+		if err != nil {
+			return fmt.Errorf("-cpuprofile: %w", err)
+		}
+		defer func() { _ = f.Close() }()
+		if err := pprof.StartCPUProfile(f); err != nil {
+			return fmt.Errorf("-cpuprofile: %w", err)
+		}
+		defer pprof.StopCPUProfile()
 	}
 	ready := func() { fmt.Println("ready") }
 	switch spec.Peer {
