@@ -4,6 +4,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"time"
 
 	"github.com/valyala/fasthttp"
 )
@@ -14,19 +15,31 @@ const (
 	httpType = "text/plain; charset=utf-8"
 )
 
-// serveFastHTTP and serveNetHTTP leave all settings at their defaults, so the peers set no
-// deadlines where apps/httpd does.
+// The peers bound the time of clients as apps/httpd does. All else is as it comes.
+const (
+	httpReadTimeout  = 5 * time.Second
+	httpWriteTimeout = 30 * time.Second
+	httpIdleTimeout  = time.Minute
+)
 
 func serveFastHTTP(l net.Listener) error {
-	return fasthttp.Serve(l, func(ctx *fasthttp.RequestCtx) {
-		ctx.Response.Header.SetContentType(httpType)
-		ctx.Response.SetBodyString(httpBody)
-	})
+	s := fasthttp.Server{
+		ReadTimeout: httpReadTimeout, WriteTimeout: httpWriteTimeout, IdleTimeout: httpIdleTimeout,
+		Handler: func(ctx *fasthttp.RequestCtx) {
+			ctx.Response.Header.SetContentType(httpType)
+			ctx.Response.SetBodyString(httpBody)
+		},
+	}
+	return s.Serve(l)
 }
 
 func serveNetHTTP(l net.Listener) error {
-	return http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", httpType)
-		_, _ = io.WriteString(w, httpBody)
-	}))
+	s := http.Server{
+		ReadHeaderTimeout: httpReadTimeout, WriteTimeout: httpWriteTimeout, IdleTimeout: httpIdleTimeout,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", httpType)
+			_, _ = io.WriteString(w, httpBody)
+		}),
+	}
+	return s.Serve(l)
 }

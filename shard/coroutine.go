@@ -196,12 +196,17 @@ func (t *servedTick) serve(*Shard) {
 
 func (co *ServedConn) due(at int64) bool { return at != 0 && co.c.g.shard.now >= at }
 
-// deadline translates the application's time into the shard's.
+// deadline translates the application's time into the shard's. A time that was
+// reckoned from time.Now has the monotonic clock's reading, so it needs no other.
 func (co *ServedConn) deadline(t time.Time) int64 {
-	if t.IsZero() {
+	switch s := co.c.g.shard; {
+	case t.IsZero():
 		return 0
+	case t == t.Round(0): // of the wall clock, which may have been set since the start
+		return max(s.now+int64(time.Until(t)), 1) //nolint:forbidigo // the application's time, not the turn's
+	default:
+		return max(int64(t.Sub(s.set.start)), 1)
 	}
-	return max(co.c.g.shard.now+int64(time.Until(t)), 1) //nolint:forbidigo // the application's time, not the turn's
 }
 
 // Read implements net.Conn.

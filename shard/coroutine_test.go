@@ -135,6 +135,9 @@ func TestServeDeadlinesAndErrors(t *testing.T) {
 		_ = c.SetReadDeadline(time.Now().Add(-time.Second))
 		_, err = c.Read(one)
 		expect("read with a deadline in the past", err, os.ErrDeadlineExceeded)
+		_ = c.SetReadDeadline(time.Now().Add(10 * time.Millisecond).Round(0))
+		_, err = c.Read(one)
+		expect("read after a deadline of the wall clock", err, os.ErrDeadlineExceeded)
 		_ = c.SetReadDeadline(time.Time{})
 		if _, err = c.Read(one); err != nil || one[0] != 'x' {
 			failed <- "read without deadline: " + errorString(err)
