@@ -117,6 +117,11 @@ func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
 	if err := g.setBuffers(cfg.SendBuffer, cfg.ReceiveBuffer); err != nil {
 		return nil, fmt.Errorf("size buffers of group %d: %s", id, err)
 	}
+	if control := tcpip.CongestionControlOption(cfg.Congestion); control != "" {
+		if err := g.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &control); err != nil {
+			return nil, fmt.Errorf("set congestion control %q of group %d: %s", control, id, err)
+		}
+	}
 	if err := g.stack.CreateNICWithOptions(nicID, &g.link, stack.NICOptions{Name: "tap", QDisc: &g.link}); err != nil {
 		return nil, fmt.Errorf("create device of group %d: %s", id, err)
 	}

@@ -375,3 +375,25 @@ func TestIdleHoldsNoBlocks(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestCongestionControl: both ends of a connection have the configured one, and
+// it carries data.
+func TestCongestionControl(t *testing.T) {
+	for configured, want := range map[string]tcpip.CongestionControlOption{"": "reno", "reno": "reno", "cubic": "cubic"} {
+		a, b := startPair(t, func(cfg *Config) { cfg.Congestion = configured })
+		client, server := netPair(t, a, b)
+		data := make([]byte, 1<<20)
+		go func() { _, _ = client.Write(data) }()
+		if _, err := io.ReadFull(server, data); err != nil {
+			t.Errorf("%q: %v", configured, err)
+		}
+		for _, end := range []*NetConn{client, server} {
+			end.inspect(func(c *Conn) {
+				var got tcpip.CongestionControlOption
+				if err := c.ep.GetSockOpt(&got); err != nil || got != want {
+					t.Errorf("%q: congestion control %q, %v, want %q", configured, got, err, want)
+				}
+			})
+		}
+	}
+}

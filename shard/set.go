@@ -49,6 +49,7 @@ type Config struct {
 	Addrs                     []netip.Prefix    // the stack's addresses
 	Gateways                  []netip.Addr      // default routes; may be empty
 	Spin                      time.Duration     // how long an idle shard looks for work before it blocks
+	Congestion                string            // gVisor's name of the congestion control; empty: reno
 	SendBuffer, ReceiveBuffer int               // bytes per TCP connection to start with
 
 	RxBuffers      int           // receive buffers per shard

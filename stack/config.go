@@ -100,6 +100,35 @@ func (o *OffloadMode) UnmarshalText(b []byte) error {
 	return err
 }
 
+// CongestionControl is the algorithm by which TCP senders find how much the way
+// to a peer carries.
+type CongestionControl int
+
+// The congestion controls.
+const (
+	// CongestionReno is NewReno (RFC 6582), the smallest and, to peers on the
+	// host, as fast as any.
+	CongestionReno CongestionControl = iota
+	// CongestionCubic is CUBIC (RFC 9438), which comes back sooner from a loss
+	// on a long and fast way.
+	CongestionCubic
+)
+
+var congestionNames = [...]string{"reno", "cubic"}
+
+// String returns the name that UnmarshalText accepts.
+func (c CongestionControl) String() string { return enumName(congestionNames[:], int(c)) }
+
+// MarshalText implements encoding.TextMarshaler.
+func (c CongestionControl) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
+
+// UnmarshalText accepts reno and cubic.
+func (c *CongestionControl) UnmarshalText(b []byte) error {
+	i, err := enumValue(congestionNames[:], string(b))
+	*c = CongestionControl(i)
+	return err
+}
+
 func enumName(names []string, i int) string {
 	if i < 0 || i >= len(names) {
 		return fmt.Sprintf("unknown(%d)", i)
@@ -238,6 +267,8 @@ type Config struct {
 	// groups; a shard resets and counts what is more than its groups' part.
 	// Default 1,048,576.
 	MaxConns int
+	// CongestionControl is that of all TCP connections. Default CongestionReno.
+	CongestionControl CongestionControl
 	// SendBuffer is how many bytes a TCP connection takes from Write before the
 	// peer has acknowledged them, and ReceiveBuffer how many it holds, overhead
 	// included, before the application has read them; both 4 KiB to 1 GiB.
@@ -355,6 +386,8 @@ func (cfg *Config) validate() error {
 		return badField("Steering", cfg.Steering, fmt.Sprintf("one of %q", steeringNames))
 	case cfg.Offload < OffloadAuto || cfg.Offload > OffloadOff:
 		return badField("Offload", cfg.Offload, fmt.Sprintf("one of %q", offloadNames))
+	case cfg.CongestionControl < CongestionReno || cfg.CongestionControl > CongestionCubic:
+		return badField("CongestionControl", cfg.CongestionControl, fmt.Sprintf("one of %q", congestionNames))
 	}
 	return cfg.validateAddrs()
 }

@@ -61,6 +61,7 @@ func TestConfigErrors(t *testing.T) {
 		{"OffloadThreads", "to 1024", func(c *Config) { c.OffloadThreads = 1025 }},
 		{"NodeScratch", "to 1073741824", func(c *Config) { c.NodeScratch = -1 }},
 		{"RxBuffers", "1 to", func(c *Config) { c.RxBuffers = -1 }},
+		{"CongestionControl", "cubic", func(c *Config) { c.CongestionControl = 2 }},
 		{"SendBuffer", "4096 to", func(c *Config) { c.SendBuffer = 100 }},
 		{"ReceiveBuffer", "4096 to", func(c *Config) { c.ReceiveBuffer = 100 }},
 		{"Spin", "at most 1s", func(c *Config) { c.Spin = 2 * time.Second }},
@@ -109,6 +110,13 @@ func TestEnumText(t *testing.T) {
 		b, err := s.MarshalText()
 		if err != nil || back.UnmarshalText(b) != nil || back != s {
 			t.Errorf("%v became %v by way of %q", s, back, b)
+		}
+	}
+	for _, c := range []CongestionControl{CongestionReno, CongestionCubic} {
+		var back CongestionControl
+		b, err := c.MarshalText()
+		if err != nil || back.UnmarshalText(b) != nil || back != c {
+			t.Errorf("%v became %v by way of %q", c, back, b)
 		}
 	}
 	var o OffloadMode

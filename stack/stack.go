@@ -96,6 +96,7 @@ func New(cfg Config) (_ *Stack, err error) {
 		Addrs:          cfg.Addrs,
 		Gateways:       cfg.Gateways,
 		Spin:           cfg.Spin,
+		Congestion:     cfg.CongestionControl.String(),
 		SendBuffer:     cfg.SendBuffer,
 		ReceiveBuffer:  cfg.ReceiveBuffer,
 		RxBuffers:      cfg.RxBuffers,
