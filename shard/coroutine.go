@@ -202,7 +202,8 @@ func (co *ServedConn) deadline(t time.Time) int64 {
 	switch s := co.c.g.shard; {
 	case t.IsZero():
 		return 0
-	case t == t.Round(0): // of the wall clock, which may have been set since the start
+	case t == t.Round(0): //nolint:staticcheck // Equal would not tell whether t has that reading
+		// The wall clock may have been set since the start.
 		return max(s.now+int64(time.Until(t)), 1) //nolint:forbidigo // the application's time, not the turn's
 	default:
 		return max(int64(t.Sub(s.set.start)), 1)

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -59,6 +60,35 @@ func TestShortWay(t *testing.T) {
 			settle(t, a, b)
 			if n := len(g.flows) + len(client.g.flows); n != 0 {
 				t.Errorf("%d flows left after both ends closed", n)
+			}
+		})
+	}
+}
+
+// TestLargeFrame: the payload of a large frame reaches the handler in one piece,
+// so that its echo is one frame, too.
+func TestLargeFrame(t *testing.T) {
+	for _, remote := range []netip.Addr{addrB, addr6[1]} {
+		t.Run(remote.String(), func(t *testing.T) {
+			a, b := steppedPair(t)
+			listenStepped(t, b, 7, echoHandler())
+			var pieces []int
+			client := dialStepped(t, a, netip.AddrPortFrom(remote, 7), &testHandler{data: func(_ *Conn, p []byte) int {
+				pieces = append(pieces, len(p))
+				return len(p)
+			}})
+			settle(t, a, b)
+			before := b.count().TxFrames
+			const size = 10_000
+			if _, err := client.Write(make([]byte, size)); err != nil {
+				t.Fatal(err)
+			}
+			settle(t, a, b)
+			if !slices.Equal(pieces, []int{size}) {
+				t.Errorf("the echo came in pieces of %d bytes, want one of %d", pieces, size)
+			}
+			if n := b.count().TxFrames - before; n != 1 {
+				t.Errorf("%d frames sent for one echo", n)
 			}
 		})
 	}

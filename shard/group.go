@@ -221,11 +221,11 @@ func (g *Group) deliver(vnet *dispatch.VnetHeader, p *dispatch.Parsed, frame []b
 	if payload := p.Length - int(p.Payload); p.Payload != 0 && payload > rxCopyLimit && holder != nil {
 		// gVisor copies a shared view when it parses headers in it, so they
 		// get a small one of their own.
-		packet = buffer.MakeWithView(buffer.NewViewWithData(frame[ethernetLen:p.Payload]))
+		packet = buffer.MakeWithView(newFullView(frame[ethernetLen:p.Payload]))
 		lent := holder.Clone()
 		lent.TrimFront(offset + int(p.Payload))
 		lent.CapLength(payload)
-		_ = packet.Append(lent) // fails only when it copies, and it has room
+		_ = packet.Append(lent) // fails only when it copies
 	} else {
 		packet = buffer.MakeWithView(buffer.NewViewWithData(frame[ethernetLen:p.Length]))
 	}
@@ -237,6 +237,17 @@ func (g *Group) deliver(vnet *dispatch.VnetHeader, p *dispatch.Parsed, frame []b
 		g.link.dispatcher.DeliverNetworkPacket(protocolOf(frame), pkt)
 	}
 	pkt.DecRef()
+}
+
+// newFullView returns a view with b at its end. What is appended to a view with
+// room behind its bytes fills that up first: the payload would fall in two.
+func newFullView(b []byte) *buffer.View {
+	v := buffer.NewViewSize(len(b))
+	room := v.AvailableSize()
+	v.Grow(room)
+	v.TrimFront(room)
+	copy(v.AsSlice(), b)
+	return v
 }
 
 // protocolOf returns the EtherType of a frame that was parsed before.
