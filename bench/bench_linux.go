@@ -67,7 +67,7 @@ func run(ctx context.Context, o options, args []string) error {
 	if err := os.Setenv(congestionVar, o.congestion); err != nil {
 		return fmt.Errorf("name the congestion control: %w", err)
 	}
-	if err := setCongestion(); err != nil {
+	if err := setTCP(); err != nil {
 		return err
 	}
 	b := bench{options: o, apps: os.Getenv(appsVar), rates: map[string]float64{}}

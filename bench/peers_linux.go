@@ -160,7 +160,7 @@ func serveRole(ctx context.Context, argument string) error {
 	if err := json.Unmarshal([]byte(argument), &spec); err != nil {
 		return fmt.Errorf("server specification %q: %w", argument, err)
 	}
-	if err := setCongestion(); err != nil {
+	if err := setTCP(); err != nil {
 		return err
 	}
 	if spec.Profile != "" {

@@ -72,8 +72,13 @@ func prepareSandbox() error {
 
 const congestionFile = "/proc/sys/net/ipv4/tcp_congestion_control" // of the namespace that opens it
 
-// setCongestion makes sockets of this network namespace use a congestion control.
-func setCongestion() error {
+// setTCP gives the sockets of this network namespace the run's congestion control, and has
+// the kernel forget a peer after each connection: a loss in one sample would else make the
+// windows of all later ones small (tcp_metrics(8)).
+func setTCP() error {
+	if err := os.WriteFile("/proc/sys/net/ipv4/tcp_no_metrics_save", []byte("1"), 0); err != nil {
+		return fmt.Errorf("keep TCP's metrics out of later samples: %w", err)
+	}
 	name := os.Getenv(congestionVar)
 	if name == "" {
 		return nil
