@@ -98,8 +98,8 @@ pgo: setup ## profile the programs under load, for the compiler (default.pgo)
 	shared='$(PGO_ECHO) $(PGO_HTTPD)'; \
 	$(GO) tool pprof -proto $$(rows numastack '$(PGO_BENCH)') $$(rows gvisor "$$shared") $$(rows kernel "$$shared") >bench/default.pgo
 
-bench-report: ## draw bench/results/quick.json, and fill in the tables that documents quote
-	$(GO) run ./bench -plot bench/results/quick bench/results/quick.json
+bench-report: ## draw bench/results/full.json, and fill in the tables that documents quote
+	$(GO) run -pgo=off ./bench -plot bench/results/full bench/results/full.json
 	$(GO) test -pgo=off ./bench -run '^TestDocuments$$' -update
 
 demo: setup ## show the stack at work
