@@ -91,11 +91,11 @@ pgo: setup ## profile the programs under load, for the compiler (default.pgo)
 	dir=$$(mktemp -d); \
 	trap 'rm -rf "$$dir"' EXIT; \
 	rows() { local row; for row in $$2; do echo "$$dir/$$row-$$1.pprof"; done; }; \
-	all='$(PGO_ECHO) $(PGO_HTTPD) $(PGO_BENCH)'; \
+	shared='$(PGO_ECHO) $(PGO_HTTPD)'; \
+	all="$$shared $(PGO_BENCH)"; \
 	$(GO) run ./bench -quick -rounds 1 -duration 3s -peers numastack,gvisor,kernel -rows "$${all// /,}" -cpuprofile "$$dir"; \
 	$(GO) tool pprof -proto $$(rows numastack '$(PGO_ECHO)') >apps/echo/default.pgo; \
 	$(GO) tool pprof -proto $$(rows numastack '$(PGO_HTTPD)') >apps/httpd/default.pgo; \
-	shared='$(PGO_ECHO) $(PGO_HTTPD)'; \
 	$(GO) tool pprof -proto $$(rows numastack '$(PGO_BENCH)') $$(rows gvisor "$$shared") $$(rows kernel "$$shared") >bench/default.pgo
 
 bench-report: ## draw bench/results/full.json, and fill in the tables that documents quote

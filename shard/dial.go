@@ -194,6 +194,11 @@ func (set *Set) source(remote netip.Addr) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
+// onLink reports whether packets to remote need no gateway.
+func (set *Set) onLink(remote netip.Addr) bool {
+	return slices.ContainsFunc(set.cfg.Addrs, func(p netip.Prefix) bool { return p.Contains(remote) })
+}
+
 // dial sends a SYN from the first of ports that has no connection to remote.
 // The others that have one keep it; with reuse, one that is only remembered
 // (TIME_WAIT) is forgotten.

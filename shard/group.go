@@ -3,7 +3,6 @@ package shard
 import (
 	"fmt"
 	"net/netip"
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -197,12 +196,6 @@ func (g *Group) setBuffers(send, receive int) tcpip.Error {
 	return g.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &r)
 }
 
-// onLink reports whether frames to addr need no router.
-func (g *Group) onLink(addr tcpip.Address) bool {
-	a, _ := netip.AddrFromSlice(addr.AsSlice())
-	return slices.ContainsFunc(g.set.cfg.Addrs, func(p netip.Prefix) bool { return p.Contains(a) })
-}
-
 // activate puts the group on the shard's list of groups whose TCP has work.
 func (g *Group) activate() {
 	if !g.active {
@@ -289,8 +282,13 @@ func fullAddress(a netip.AddrPort) tcpip.FullAddress {
 }
 
 func addrPort(a tcpip.FullAddress) netip.AddrPort {
-	addr, _ := netip.AddrFromSlice(a.Addr.AsSlice())
-	return netip.AddrPortFrom(addr, a.Port)
+	return netip.AddrPortFrom(netipAddr(a.Addr), a.Port)
+}
+
+// netipAddr is the inverse of tcpipAddress.
+func netipAddr(a tcpip.Address) netip.Addr {
+	addr, _ := netip.AddrFromSlice(a.AsSlice())
+	return addr
 }
 
 // counters copies what the netstack has counted.

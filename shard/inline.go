@@ -69,7 +69,7 @@ func (p *inlineTCP) receive(ep *tcp.Endpoint, id stack.TransportEndpointID, pkt 
 	p.stats.ValidSegmentsReceived.Increment()
 	if flags := header.TCP(pkt.TransportHeader().Slice()).Flags(); flags&header.TCPFlagRst != 0 {
 		p.stats.ResetsReceived.Increment()
-	} else if flags&header.TCPFlagSyn != 0 && !p.g.onLink(id.RemoteAddress) {
+	} else if flags&header.TCPFlagSyn != 0 && !p.g.set.onLink(netipAddr(id.RemoteAddress)) {
 		p.routed = true
 	}
 	queued := enqueueSegment(ep, s)
