@@ -211,14 +211,19 @@ func (g *Group) deliver(vnet *dispatch.VnetHeader, p *dispatch.Parsed, frame []b
 	g.frames++
 	g.bytes += uint64(p.Length)
 	var packet buffer.Buffer
-	if payload := p.Length - int(p.Payload); p.Payload != 0 && payload > rxCopyLimit && holder != nil {
+	if payload := p.Length - int(p.Payload); p.Payload != 0 && payload > rxCopyLimit {
 		// gVisor copies a shared view when it parses headers in it, so they
 		// get a small one of their own.
 		packet = buffer.MakeWithView(newFullView(frame[ethernetLen:p.Payload]))
-		lent := holder.Clone()
-		lent.TrimFront(offset + int(p.Payload))
-		lent.CapLength(payload)
-		_ = packet.Append(lent) // fails only when it copies
+		var rest *buffer.View
+		if holder != nil {
+			rest = holder.Clone()
+			rest.TrimFront(offset + int(p.Payload))
+			rest.CapLength(payload)
+		} else {
+			rest = buffer.NewViewWithData(frame[p.Payload:p.Length])
+		}
+		_ = packet.Append(rest) // fails only when it copies
 	} else {
 		packet = buffer.MakeWithView(buffer.NewViewWithData(frame[ethernetLen:p.Length]))
 	}

@@ -61,13 +61,16 @@ func (p *inlineTCP) receive(ep *tcp.Endpoint, id stack.TransportEndpointID, pkt 
 		}
 		pkt.RXChecksumValidated = true
 	}
+	// Read before the segment shares the packet: after that gVisor copies the
+	// memory that the header lies in each time it hands it out.
+	flags := header.TCP(pkt.TransportHeader().Slice()).Flags()
 	s, err := newIncomingSegment(id, &p.g.clock, pkt)
 	if err != nil {
 		p.stats.InvalidSegmentsReceived.Increment()
 		return false
 	}
 	p.stats.ValidSegmentsReceived.Increment()
-	if flags := header.TCP(pkt.TransportHeader().Slice()).Flags(); flags&header.TCPFlagRst != 0 {
+	if flags&header.TCPFlagRst != 0 {
 		p.stats.ResetsReceived.Increment()
 	} else if flags&header.TCPFlagSyn != 0 && !p.g.set.onLink(netipAddr(id.RemoteAddress)) {
 		p.routed = true
