@@ -14,6 +14,7 @@ func TestShortfalls(t *testing.T) {
 		row("lower", betterLower, 100, 1000), // 0.1×
 		{Name: "kernel only", Better: betterHigher, Samples: map[string][]float64{peerNumastack: {1}, peerKernel: {1}}},
 	}}
+	base.Environment.CPU = "A"
 	tests := []struct {
 		name string
 		rows []rowReport
@@ -26,10 +27,15 @@ func TestShortfalls(t *testing.T) {
 		{"unknown rows do not count", []rowReport{row("higher", betterHigher, 8, 1), row("new", betterHigher, 1, 100)}, nil},
 	}
 	for _, tt := range tests {
-		rows, why, err := (&report{Rows: tt.rows}).shortfalls(base)
+		rep := &report{Environment: environment{CPU: "A"}, Rows: tt.rows}
+		rows, why, err := rep.shortfalls(base)
 		if err != nil || !slices.Equal(rows, tt.want) || len(why) != len(rows) {
 			t.Errorf("%s: %v (%v), error %v, want %v", tt.name, rows, why, err, tt.want)
 		}
+	}
+	elsewhere := &report{Environment: environment{CPU: "B"}, Rows: []rowReport{row("higher", betterHigher, 2, 1), row("lower", betterLower, 401, 1000)}}
+	if rows, _, err := elsewhere.shortfalls(base); err != nil || !slices.Equal(rows, []string{"lower"}) {
+		t.Errorf("another CPU: %v, error %v, want lower alone, by a quarter", rows, err)
 	}
 	for _, rows := range [][]rowReport{nil, {row("new", betterHigher, 1, 1)}, base.Rows[2:]} {
 		if _, _, err := (&report{Rows: rows}).shortfalls(base); err == nil {

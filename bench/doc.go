@@ -131,7 +131,8 @@
 //	-markdown FILE     the tables that README.md and docs/performance.md quote
 //	-capacity FILE     what one core carries, how many a link needs, by measured costs
 //
-// With -check FILE a run fails when a ratio to gVisor is under half of the file's.
+// With -check FILE a run fails when a ratio to gVisor is under half of the file's, or
+// under a quarter where that is of another model of CPU.
 //
 // # Demo
 //
