@@ -40,13 +40,18 @@ func (a *arrivals) queue(pkt *stack.PacketBuffer) *dispatch.Queue {
 	if p := pkt.TransportProtocolNumber; p == header.TCPProtocolNumber || p == header.UDPProtocolNumber {
 		ports = pkt.TransportHeader().Slice()
 	}
-	var shard uint8
 	switch pkt.NetworkProtocolNumber {
 	case header.IPv4ProtocolNumber:
-		shard = a.slots[flowSlot(pkt.NetworkHeader().Slice(), ports, false)]
+		return a.queueOf(pkt.NetworkHeader().Slice(), ports, false)
 	case header.IPv6ProtocolNumber:
-		shard = a.slots[flowSlot(pkt.NetworkHeader().Slice(), ports, true)]
+		return a.queueOf(pkt.NetworkHeader().Slice(), ports, true)
 	}
+	return nil
+}
+
+// queueOf is queue for a packet's headers.
+func (a *arrivals) queueOf(ip, ports []byte, v6 bool) *dispatch.Queue {
+	shard := a.slots[flowSlot(ip, ports, v6)]
 	if shard == 0 {
 		return nil
 	}

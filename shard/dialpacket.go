@@ -93,6 +93,7 @@ func (s *Socket) connect(remote netip.AddrPort, failed func(error)) error {
 		}
 		return errno(err)
 	}
+	s.peer = remote
 	return nil
 }
 

@@ -48,6 +48,8 @@ type Group struct {
 	flows      map[uint32]*Conn // open connections by the hash of their frames
 	listeners  map[*listenerPart]struct{}
 	sockets    map[tcpip.Endpoint]*Socket
+	ports      map[netip.AddrPort]*Socket // by local address: those that share it with no other
+	hops       map[hopKey]*hop
 	frames     uint64 // delivered
 	bytes      uint64 // the same, from the Ethernet header on
 	outOfOrder uint64 // segments that came before an earlier one of their flow
@@ -73,6 +75,8 @@ func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
 		flows:     make(map[uint32]*Conn),
 		listeners: make(map[*listenerPart]struct{}),
 		sockets:   make(map[tcpip.Endpoint]*Socket),
+		ports:     make(map[netip.AddrPort]*Socket),
+		hops:      make(map[hopKey]*hop),
 	}
 	g.at.Store(s)
 	g.clock = clock{start: start, now: &s.now, earliest: &s.earliest}
@@ -80,7 +84,7 @@ func newGroup(id int, s *Shard, start time.Time) (*Group, error) {
 		g:     g,
 		mtu:   uint32(cfg.MTU),
 		mac:   tcpip.LinkAddress(cfg.MAC),
-		gso:   cfg.GSO,
+		gso:   cfg.Offloads.TCP,
 		muted: id != answerer,
 	}
 	if cfg.Program == nil && len(s.set.shards) > 1 {

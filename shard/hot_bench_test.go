@@ -157,7 +157,7 @@ func BenchmarkTx(b *testing.B) {
 	for _, size := range []int{64, 1448, 60 << 10} {
 		b.Run(fmt.Sprintf("payload=%d", size), func(b *testing.B) {
 			var counters Counters
-			tx := newTxQueue(sink(b), &counters)
+			tx := newTxQueue(sink(b), Offloads{TCP: true, UDP: true}, &counters)
 			b.ReportAllocs()
 			frames := 0
 			for b.Loop() {
@@ -181,7 +181,7 @@ func BenchmarkTx(b *testing.B) {
 func TestTxAllocatesNothing(t *testing.T) {
 	for _, size := range []int{64, 60 << 10} {
 		var counters Counters
-		tx := newTxQueue(sink(t), &counters)
+		tx := newTxQueue(sink(t), Offloads{TCP: true, UDP: true}, &counters)
 		const runs = 20
 		var bursts [runs + 1][]*stack.PacketBuffer // AllocsPerRun runs once more
 		for i := range bursts {

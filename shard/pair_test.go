@@ -44,7 +44,7 @@ func testConfig(t testing.TB, side, fd int) Config {
 	}
 	return Config{
 		Device: "pair", Queues: []*dispatch.Queue{dispatch.NewQueue(fd)},
-		MTU: 1500, GSO: true, Topology: topology, CPUs: []int{cpus[side%len(cpus)]}, Toeplitz: dispatch.NewToeplitz(key), RETA: reta,
+		MTU: 1500, Offloads: Offloads{TCP: true, UDP: true}, Topology: topology, CPUs: []int{cpus[side%len(cpus)]}, Toeplitz: dispatch.NewToeplitz(key), RETA: reta,
 		Addrs: []netip.Prefix{
 			netip.PrefixFrom([2]netip.Addr{addrA, addrB}[side], 24),
 			netip.PrefixFrom(addr6[side], 64),

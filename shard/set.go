@@ -36,7 +36,7 @@ type Config struct {
 	Queues                    []*dispatch.Queue
 	MAC                       net.HardwareAddr // the stack's; nil draws a random one
 	MTU                       int              // bytes of an IP packet
-	GSO                       bool             // the kernel takes TCP super-frames
+	Offloads                  Offloads         // what the kernel does for frames that are written
 	Topology                  *numaalloc.Topology
 	Costs                     *numaalloc.Costs // of remote memory
 	CPUs                      []int            // by shard

@@ -170,7 +170,7 @@ func (s *Shard) setup() error {
 	}
 	s.arena = arena
 	s.rx = newRxBuffers(s.set.cfg.RxBuffers, arena)
-	s.tx = newTxQueue(s.queue, &s.counters)
+	s.tx = newTxQueue(s.queue, s.set.cfg.Offloads, &s.counters)
 	s.scratch = new(scratch)
 	s.served = make(map[*ServedConn]struct{})
 	for id := range s.set.reta.Groups() {

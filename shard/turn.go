@@ -179,6 +179,10 @@ func (s *Shard) deliver(g *Group, h *handover) {
 	if g.arrivals != nil && h.parsed.Class == dispatch.ClassFlow {
 		g.arrivals.note(h.frame, &h.parsed, h.queue)
 	}
+	if u, from := g.socketOf(&h.vnet, &h.parsed, h.frame); u != nil {
+		u.handDatagrams(&h.vnet, &h.parsed, h.frame, from)
+		return
+	}
 	switch {
 	case h.parsed.Fragment && !h.parsed.Steered:
 		s.steerFragment(g, h)

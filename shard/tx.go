@@ -35,34 +35,57 @@ const (
 
 // txQueue holds the frames of one burst. Owned by the shard's thread.
 type txQueue struct {
-	queue *dispatch.Queue
-	stats *Counters
+	queue    *dispatch.Queue
+	stats    *Counters
+	offloads Offloads
 
-	pkts    []*stack.PacketBuffer // nil: superseded
-	via     []*dispatch.Queue     // by packet; nil: queue
-	acks    [ackSlots]int32       // 1 + index in pkts of a flow's last pure ACK
-	scratch [txCopyLimit]byte
-	iov     []unix.Iovec
+	frames    []txFrame
+	acks      [ackSlots]int32 // 1 + index in frames of a flow's last pure ACK
+	datagrams datagramFrames
+	scratch   [txCopyLimit]byte
+	iov       []unix.Iovec
 }
 
-func newTxQueue(q *dispatch.Queue, stats *Counters) *txQueue {
-	return &txQueue{
-		queue: q, stats: stats,
-		pkts: make([]*stack.PacketBuffer, 0, txBurst), via: make([]*dispatch.Queue, 0, txBurst),
-	}
+// txFrame is a packet of the netstack, or a frame of datagrams, or neither when
+// it was superseded.
+type txFrame struct {
+	pkt       *stack.PacketBuffer
+	datagrams *datagramFrame
+	via       *dispatch.Queue // nil: the shard's own
+}
+
+// Offloads is what the kernel does for frames that are written.
+type Offloads struct {
+	TCP bool // cuts super-frames of TCP, fills in checksums
+	UDP bool // cuts super-frames of datagrams
+}
+
+func newTxQueue(q *dispatch.Queue, offloads Offloads, stats *Counters) *txQueue {
+	return &txQueue{queue: q, offloads: offloads, stats: stats, frames: make([]txFrame, 0, txBurst)}
 }
 
 // push queues pkt, whose Ethernet header is complete, for a queue of the TAP, or
 // for the shard's own if that is nil.
 func (t *txQueue) push(pkt *stack.PacketBuffer, via *dispatch.Queue) {
-	if len(t.pkts) == txBurst {
+	if len(t.frames) == txBurst {
 		t.flush()
 	}
 	if pkt.TransportProtocolNumber == header.TCPProtocolNumber {
 		t.supersede(pkt)
 	}
-	t.pkts = append(t.pkts, pkt.IncRef())
-	t.via = append(t.via, via)
+	t.frames = append(t.frames, txFrame{pkt: pkt.IncRef(), via: via})
+}
+
+// pushDatagram queues a frame that begins with d, and lets more datagrams of its
+// flow join it.
+func (t *txQueue) pushDatagram(d *datagramFrame, via *dispatch.Queue) {
+	if len(t.frames) == txBurst {
+		t.flush()
+	}
+	if t.offloads.UDP {
+		t.datagrams.last[frameSlot(d.from, d.to)] = d
+	}
+	t.frames = append(t.frames, txFrame{datagrams: d, via: via})
 }
 
 // supersede drops the flow's pure ACK from the queue when pkt says the same
@@ -79,20 +102,20 @@ func (t *txQueue) supersede(pkt *stack.PacketBuffer) {
 	slot := &t.acks[(tcp.SourcePort()*31^tcp.DestinationPort())%ackSlots]
 	pure := pkt.Data().Size() == 0 && tcp.Flags() == header.TCPFlagAck
 	if i := *slot - 1; i >= 0 {
-		old := t.pkts[i]
+		old := t.frames[i].pkt
 		oldTCP := header.TCP(old.TransportHeader().Slice())
 		if sameFlow(pkt, old, tcp, oldTCP) {
 			ack, oldAck := seqnum.Value(tcp.AckNumber()), seqnum.Value(oldTCP.AckNumber())
 			if tcp.Flags().Contains(header.TCPFlagAck) && (oldAck.LessThan(ack) || (oldAck == ack && !pure)) {
 				old.DecRef()
-				t.pkts[i] = nil
+				t.frames[i].pkt = nil
 				t.stats.AcksSuperseded++
 			}
 		}
 	}
 	*slot = 0
 	if pure && !hasSACK(tcp) {
-		*slot = int32(len(t.pkts)) + 1
+		*slot = int32(len(t.frames)) + 1
 	}
 }
 
@@ -119,20 +142,27 @@ func hasSACK(tcp header.TCP) bool {
 
 // flush writes the burst to the TAP queue and returns how many frames it held.
 func (t *txQueue) flush() int {
-	n := len(t.pkts)
+	n := len(t.frames)
 	if n == 0 {
 		return 0
 	}
-	for i, pkt := range t.pkts {
-		if pkt == nil {
-			continue
+	for i := range t.frames {
+		f := &t.frames[i]
+		queue := cmp.Or(f.via, t.queue)
+		switch {
+		case f.pkt != nil:
+			t.write(f.pkt, queue)
+			f.pkt.DecRef()
+		case f.datagrams != nil:
+			f.datagrams.finish(t.offloads.TCP)
+			t.count(queue.Write(f.datagrams.b), len(f.datagrams.b))
+			t.datagrams.give(f.datagrams)
 		}
-		t.write(pkt, cmp.Or(t.via[i], t.queue))
-		pkt.DecRef()
-		t.pkts[i] = nil
+		*f = txFrame{}
 	}
-	t.pkts, t.via = t.pkts[:0], t.via[:0]
+	t.frames = t.frames[:0]
 	t.acks = [ackSlots]int32{}
+	t.datagrams.last = [frameSlots]*datagramFrame{}
 	return n
 }
 
@@ -164,6 +194,11 @@ func (t *txQueue) write(pkt *stack.PacketBuffer, queue *dispatch.Queue) {
 		}
 		clear(t.iov)
 	}
+	t.count(errno, size)
+}
+
+// count notes how a write of size bytes ended.
+func (t *txQueue) count(errno syscall.Errno, size int) {
 	if errno != 0 {
 		t.stats.TxErrors++
 		return

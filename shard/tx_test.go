@@ -83,7 +83,7 @@ func TestSupersededACKs(t *testing.T) {
 			defer unix.Close(fds[0]) //nolint:errcheck // a socket of the test
 			defer unix.Close(fds[1]) //nolint:errcheck // a socket of the test
 			var counters Counters
-			tx := newTxQueue(dispatch.NewQueue(fds[0]), &counters)
+			tx := newTxQueue(dispatch.NewQueue(fds[0]), Offloads{TCP: true, UDP: true}, &counters)
 			for i, s := range test.sent {
 				pkt := s.packet()
 				header.TCP(pkt.TransportHeader().Slice()).SetWindowSize(uint16(i)) // tells them apart

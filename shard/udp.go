@@ -47,8 +47,9 @@ type Socket struct {
 	queued bool
 	closed bool
 
-	failed func(error)  // what became of earlier datagrams; nil unless connected
-	moved  func(*Shard) // the group has come there; may be nil
+	peer   netip.AddrPort // of a connected socket
+	failed func(error)    // what became of earlier datagrams; nil unless connected
+	moved  func(*Shard)   // the group has come there; may be nil
 }
 
 // ListenUDP gives the datagrams that arrive at port of one of addrs to h; each
@@ -189,6 +190,9 @@ func (s *Socket) bind(addr netip.AddrPort, shared bool) error {
 	s.entry.Init(s, waiter.ReadableEvents|waiter.EventErr)
 	s.wq.EventRegister(&s.entry)
 	g.sockets[ep] = s
+	if !shared {
+		g.ports[s.local] = s
+	}
 	return nil
 }
 
@@ -247,9 +251,10 @@ func (s *Socket) WriteTo(b []byte, to netip.AddrPort) (int, error) {
 	sc.to = fullAddress(to)
 	var err tcpip.Error
 	mtu := min(s.g.link.mtu, s.g.shard.path(sc.to.Addr).mtu)
-	if networkHeaderLen(to.Addr())+header.UDPMinimumSize+len(b) > int(mtu) {
+	switch {
+	case networkHeaderLen(to.Addr())+header.UDPMinimumSize+len(b) > int(mtu):
 		err = s.writeFragments(b, mtu)
-	} else {
+	case !s.send(b, to):
 		err = s.write(b)
 	}
 	sc.payload.b = nil
@@ -305,6 +310,9 @@ func (s *Socket) shut() {
 	if !s.closed {
 		s.closed = true
 		delete(s.g.sockets, s.ep)
+		if s.g.ports[s.local] == s {
+			delete(s.g.ports, s.local)
+		}
 		s.wq.EventUnregister(&s.entry)
 		s.ep.Close()
 	}

@@ -77,7 +77,7 @@ func watchedStack(t *testing.T, side int, log *safeBuffer) *shard.Set {
 	}
 	set, err := shard.New(shard.Config{
 		Queues: []*dispatch.Queue{dispatch.NewQueue(fds[side])},
-		MTU:    1500, GSO: true, Topology: topology, CPUs: cpus[side:], RETA: reta, Toeplitz: dispatch.NewToeplitz(dispatch.VerificationKey),
+		MTU:    1500, Offloads: shard.Offloads{TCP: true, UDP: true}, Topology: topology, CPUs: cpus[side:], RETA: reta, Toeplitz: dispatch.NewToeplitz(dispatch.VerificationKey),
 		Addrs:      []netip.Prefix{netip.MustParsePrefix([2]string{"10.1.0.1/24", "10.1.0.2/24"}[side])},
 		SendBuffer: 1 << 20, ReceiveBuffer: 1 << 20, RxBuffers: 16, MaxConns: 10, OffloadThreads: 1,
 		Drain: time.Second, HandlerLimit: 20 * time.Millisecond,

@@ -83,7 +83,7 @@ func New(cfg Config) (_ *Stack, err error) {
 		Device:         cfg.Device,
 		Queues:         queues,
 		MTU:            cfg.MTU,
-		GSO:            cfg.Offload == OffloadAuto,
+		Offloads:       shard.Offloads{TCP: cfg.Offload == OffloadAuto, UDP: s.device.Offloads()&dispatch.OffloadUSO != 0},
 		Topology:       topology,
 		Costs:          costs,
 		CPUs:           cfg.CPUs,
