@@ -75,6 +75,7 @@ type Conn struct {
 	patient   bool // those wait for the handler even after a failure
 	eof       bool // the handler knows that nothing more comes
 	wantWrite bool // a Write was short
+	unsent    bool // in shard.unsent
 	serving   bool // a handler's method is running
 	closing   bool // Close or Abort was called
 	abort     bool
@@ -290,6 +291,7 @@ func (c *Conn) finish(err error) {
 	if c.opened || c.dialing {
 		c.h.Close(c, err)
 	}
+	c.push() // gVisor would send the FIN first
 	if c.abort {
 		c.ep.Abort()
 	} else {
@@ -322,38 +324,13 @@ func (c *Conn) setAddrs() {
 	}
 }
 
-// Write copies from b what fits into the send buffer and returns how much that
-// was. When it is less than len(b) the error is nil and a Writable event
-// follows. The frames leave at the end of the turn.
-func (c *Conn) Write(b []byte) (int, error) {
-	if c.closing || c.done {
-		return 0, net.ErrClosed
-	}
-	if len(b) == 0 {
-		return 0, nil
-	}
-	p := &c.g.shard.scratch.payload
-	p.b = b
-	n, err := c.ep.Write(p, tcpip.WriteOptions{Atomic: true})
-	p.b = nil
-	if err != nil {
-		if _, ok := err.(*tcpip.ErrWouldBlock); !ok {
-			c.failure = cmp.Or(c.failure, errno(err))
-			return int(n), errno(err)
-		}
-	}
-	if int(n) < len(b) {
-		c.wantWrite = true
-	}
-	return int(n), nil
-}
-
 // CloseWrite sends what is queued and then tells the peer that nothing more
 // comes (FIN). Data events go on.
 func (c *Conn) CloseWrite() error {
 	if c.closing || c.done {
 		return net.ErrClosed
 	}
+	c.push() // gVisor would send the FIN first
 	return errno(c.ep.Shutdown(tcpip.ShutdownWrite))
 }
 

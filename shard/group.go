@@ -218,18 +218,18 @@ func (g *Group) deliver(vnet *dispatch.VnetHeader, p *dispatch.Parsed, frame []b
 	if payload := p.Length - int(p.Payload); p.Payload != 0 && payload > rxCopyLimit {
 		// gVisor copies a shared view when it parses headers in it, so they
 		// get a small one of their own.
-		packet = buffer.MakeWithView(newFullView(frame[ethernetLen:p.Payload]))
+		packet = buffer.MakeWithView(fullViewOf(frame[ethernetLen:p.Payload]))
 		var rest *buffer.View
 		if holder != nil {
 			rest = holder.Clone()
 			rest.TrimFront(offset + int(p.Payload))
 			rest.CapLength(payload)
 		} else {
-			rest = buffer.NewViewWithData(frame[p.Payload:p.Length])
+			rest = viewOf(frame[p.Payload:p.Length])
 		}
 		_ = packet.Append(rest) // fails only when it copies
 	} else {
-		packet = buffer.MakeWithView(buffer.NewViewWithData(frame[ethernetLen:p.Length]))
+		packet = buffer.MakeWithView(viewOf(frame[ethernetLen:p.Length]))
 	}
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: packet})
 	g.link.vouched = vnet.Flags&(dispatch.VnetNeedsCsum|dispatch.VnetDataValid) != 0
@@ -239,17 +239,6 @@ func (g *Group) deliver(vnet *dispatch.VnetHeader, p *dispatch.Parsed, frame []b
 		g.link.dispatcher.DeliverNetworkPacket(protocolOf(frame), pkt)
 	}
 	pkt.DecRef()
-}
-
-// newFullView returns a view with b at its end. What is appended to a view with
-// room behind its bytes fills that up first: the payload would fall in two.
-func newFullView(b []byte) *buffer.View {
-	v := buffer.NewViewSize(len(b))
-	room := v.AvailableSize()
-	v.Grow(room)
-	v.TrimFront(room)
-	copy(v.AsSlice(), b)
-	return v
 }
 
 // protocolOf returns the EtherType of a frame that was parsed before.

@@ -16,19 +16,25 @@ package shard
 //   - tcp.Endpoint has fields snd and rcv, pointers to a sender and a receiver
 //     with the exported TCPSenderState and TCPReceiverState, and h, a pointer to
 //     a handshake with the initial sequence number iss; the sender has a list of
-//     segments from writeNext on, with the number of their transmissions;
-//   - buffer.View has a method sharesChunk.
+//     segments in writeList, from writeNext on those to send next, each with its
+//     packet, the number of its transmissions, and no flags before the first;
+//   - tcp.Endpoint has a field sndQueueInfo with the exported TCPSndBufState;
+//   - buffer.View has a method sharesChunk and a pointer to a chunk, which begins its
+//     life in a pool with one reference.
 //
-// What would end the need: an option of gVisor's TCP to process segments in
-// the calling goroutine, and a public way to ask whether a View is shared.
+// What would end the need: options of gVisor's TCP to process segments in the
+// calling goroutine, and to take a View to send; a public way to ask whether a View
+// is shared, and to make one that is not cleared.
 
 import (
 	"fmt"
 	"reflect"
+	"sync"
 	"unsafe"
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/seqnum"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
@@ -64,6 +70,20 @@ func handleListen(e *tcp.Endpoint)
 //go:linkname senderSendAck gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*sender).sendAck
 func senderSendAck(s unsafe.Pointer)
 
+//go:linkname newOutgoingSegment gvisor.dev/gvisor/pkg/tcpip/transport/tcp.newOutgoingSegment
+func newOutgoingSegment(id stack.TransportEndpointID, clock tcpip.Clock, buf buffer.Buffer, mark uint32) *tcpSegment
+
+//go:linkname writeListPushBack gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*protectedWriteList).PushBack
+func writeListPushBack(list unsafe.Pointer, s *tcpSegment)
+
+// sendRoom returns how many bytes e's send buffer has room for.
+//
+//go:linkname sendRoom gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).isEndpointWritableLocked
+func sendRoom(e *tcp.Endpoint) (int, tcpip.Error)
+
+//go:linkname endpointSendData gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).sendData
+func endpointSendData(e *tcp.Endpoint, next unsafe.Pointer)
+
 //go:linkname segmentQueueEmpty gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*segmentQueue).empty
 func segmentQueueEmpty(q unsafe.Pointer) bool
 
@@ -92,10 +112,21 @@ var (
 	_, receiverStateOffset     = field(receiver.Elem(), "TCPReceiverState", "tcp.TCPReceiverState")
 	handshake, handshakeOffset = field(reflect.TypeFor[tcp.Endpoint](), "h", "*tcp.handshake")
 	_, issOffset               = field(handshake.Elem(), "iss", "seqnum.Value")
-	unsent, writeNextOffset    = field(sender.Elem(), "writeNext", "*tcp.segment")
-	_, xmitCountOffset         = field(unsent.Elem(), "xmitCount", "uint32")
-	entry, entryOffset         = field(unsent.Elem(), "segmentEntry", "tcp.segmentEntry")
+	outgoing, writeNextOffset  = field(sender.Elem(), "writeNext", "*tcp.segment")
+	_, xmitCountOffset         = field(outgoing.Elem(), "xmitCount", "uint32")
+	_, flagsOffset             = field(outgoing.Elem(), "flags", "header.TCPFlags")
+	_, pktOffset               = field(outgoing.Elem(), "pkt", "*stack.PacketBuffer")
+	entry, entryOffset         = field(outgoing.Elem(), "segmentEntry", "tcp.segmentEntry")
 	_, nextOffset              = field(entry, "next", "*tcp.segment")
+	_, prevOffset              = field(entry, "prev", "*tcp.segment")
+	writeList, writeListOffset = field(sender.Elem(), "writeList", "tcp.protectedWriteList")
+	segments, segmentsOffset   = field(writeList, "writeList", "tcp.segmentList")
+	_, tailOffset              = field(segments, "tail", "*tcp.segment")
+	sndQueue, sndQueueOffset   = field(reflect.TypeFor[tcp.Endpoint](), "sndQueueInfo", "tcp.sndQueueInfo")
+	_, sndBufStateOffset       = field(sndQueue, "TCPSndBufState", "tcp.TCPSndBufState")
+
+	chunk, chunkOffset = field(reflect.TypeFor[buffer.View](), "chunk", "*buffer.chunk")
+	_, chunkRefsOffset = field(chunk.Elem(), "chunkRefs", "buffer.chunkRefs")
 )
 
 // pointerAt returns the pointer that e keeps at offset.
@@ -116,6 +147,86 @@ func receiving(e *tcp.Endpoint) *tcp.TCPReceiverState {
 
 // sendAck sends a pure ACK. The caller has locked e.
 func sendAck(e *tcp.Endpoint) { senderSendAck(pointerAt(e, senderOffset)) }
+
+// queueSend appends the bytes of v to what e has to send, in segments of limit bytes,
+// the last of which may be smaller. It takes over v. Like gVisor's queueSegment it does
+// not send, and the caller has asked sendRoom; the lock of the send queue, which that
+// one takes, is for other goroutines.
+func queueSend(e *tcp.Endpoint, clock tcpip.Clock, v *buffer.View, limit int) {
+	state := (*tcp.TCPSndBufState)(unsafe.Add(unsafe.Pointer(e), sndQueueOffset+sndBufStateOffset))
+	state.SndBufUsed += v.Size()
+	list := unsafe.Add(pointerAt(e, senderOffset), writeListOffset)
+	if tail := *(*unsafe.Pointer)(unsafe.Add(list, segmentsOffset+tailOffset)); neverSent(tail) {
+		payload := (*(**stack.PacketBuffer)(unsafe.Add(tail, pktOffset))).Data()
+		if room := limit - payload.Size(); room > 0 {
+			payload.AppendView(cut(&v, room))
+		}
+	}
+	for v != nil {
+		writeListPushBack(list, newOutgoingSegment(e.ID, clock, buffer.MakeWithView(cut(&v, limit)), 0))
+	}
+}
+
+// sendQueued sends what may leave of what was queued on e. The caller has locked e.
+func sendQueued(e *tcp.Endpoint) {
+	s := pointerAt(e, senderOffset)
+	if *(*unsafe.Pointer)(unsafe.Add(s, writeNextOffset)) != nil {
+		endpointSendData(e, nil)
+		return
+	}
+	// Everything before was sent, so the sender has to be told where to go on.
+	var first unsafe.Pointer
+	next := *(*unsafe.Pointer)(unsafe.Add(s, writeListOffset+segmentsOffset+tailOffset))
+	for neverSent(next) {
+		first = next
+		next = *(*unsafe.Pointer)(unsafe.Add(next, entryOffset+prevOffset))
+	}
+	endpointSendData(e, first)
+}
+
+// neverSent reports whether a segment of a send queue, or nil, has no sequence number
+// yet (isAssignedSequenceNumber).
+func neverSent(s unsafe.Pointer) bool {
+	return s != nil && *(*header.TCPFlags)(unsafe.Add(s, flagsOffset)) == 0
+}
+
+// cut returns the first n bytes of *v, and makes that the rest, or nil.
+func cut(v **buffer.View, n int) *buffer.View {
+	whole := *v
+	if whole.Size() <= n {
+		*v = nil
+		return whole
+	}
+	part := whole.Clone()
+	part.CapLength(n)
+	whole.TrimFront(n)
+	return part
+}
+
+//go:linkname chunkPool gvisor.dev/gvisor/pkg/buffer.getChunkPool
+func chunkPool(size int) *sync.Pool
+
+//go:linkname viewPool gvisor.dev/gvisor/pkg/buffer.viewPool
+var viewPool sync.Pool
+
+//go:linkname chunkInitRefs gvisor.dev/gvisor/pkg/buffer.(*chunkRefs).InitRefs
+func chunkInitRefs(refs unsafe.Pointer)
+
+// newView returns a view of n bytes that holds anything: it is buffer.NewViewSize
+// without clearing, which would bring memory into the cache a second time.
+func newView(n int) *buffer.View {
+	if n > buffer.MaxChunkSize {
+		return buffer.NewViewSize(n)
+	}
+	chunk := chunkPool(n).Get()
+	c := (*[2]unsafe.Pointer)(unsafe.Pointer(&chunk))[1] // an interface's second word is its pointer
+	chunkInitRefs(unsafe.Add(c, chunkRefsOffset))
+	v := viewPool.Get().(*buffer.View)
+	*v = buffer.View{}
+	*(*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(v), chunkOffset)) = c
+	v.Grow(n)
+	return v
+}
 
 // hasSender reports whether e has been connected.
 func hasSender(e *tcp.Endpoint) bool { return pointerAt(e, senderOffset) != nil }

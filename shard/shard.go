@@ -53,6 +53,7 @@ type Shard struct {
 	rx           rxBuffers
 	wakeList     []*Shard // shards that got a frame in this burst
 	scratch      *scratch
+	unsent       []*Conn                  // connections that something was written to in this turn
 	owed         []*Conn                  // connections that received something in this turn
 	delayed      delayedAckQueue          // those whose peers wait for an acknowledgement
 	served       map[*ServedConn]struct{} // handlers that have not ended

@@ -6,7 +6,6 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
-	"gvisor.dev/gvisor/pkg/buffer"
 
 	"numastack/dispatch"
 )
@@ -58,9 +57,10 @@ func (s *Shard) turn() bool {
 	}
 	s.enter(stageApplication) // a group that came has delivered what was kept for it
 	work += s.runReady()
-	// What the application did to a connection of its own stack, and what the
-	// timers left behind.
 	s.enter(stageTCP)
+	s.push()
+	// What the application sent to a connection of its own stack, and what the
+	// timers left behind.
 	s.process()
 	s.acknowledge()
 	if m := s.leavingGroup; m != nil {
@@ -229,7 +229,7 @@ func (s *Shard) deliverAll(h *handover) {
 func (h *handover) stored() handover {
 	kept := *h
 	if h.view == nil || len(h.frame) <= rxCopyLimit {
-		kept.view, kept.offset = buffer.NewViewWithData(h.frame), 0
+		kept.view, kept.offset = viewOf(h.frame), 0
 		kept.frame = kept.view.AsSlice()
 	} else {
 		kept.view = h.view.Clone()

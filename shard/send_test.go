@@ -1,0 +1,278 @@
+package shard
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+
+	"numastack/dispatch"
+)
+
+// streamTo returns a connection from a to b, after its handshake, and what b has
+// received on it and how it has ended.
+func streamTo(t testing.TB, a, b *Shard, h *testHandler) (client *Conn, got *bytes.Buffer) {
+	t.Helper()
+	got = new(bytes.Buffer)
+	listenStepped(t, b, 7, &testHandler{data: func(_ *Conn, p []byte) int { got.Write(p); return len(p) }})
+	client = dialStepped(t, a, netip.AddrPortFrom(addrB, 7), h)
+	settle(t, a, b)
+	return client, got
+}
+
+func noise(n int) []byte {
+	b := make([]byte, n)
+	rng := rand.NewChaCha8([32]byte{1})
+	_, _ = rng.Read(b)
+	return b
+}
+
+// TestSegmentsOfWrites: what is written in one turn leaves in segments that are as
+// large as they may be, however it was cut into writes.
+func TestSegmentsOfWrites(t *testing.T) {
+	const full = 46 * 1420 // gVisor leaves room for all options in an MTU of 1500
+	repeat := func(n, size int) (sizes []int) {
+		for range n {
+			sizes = append(sizes, size)
+		}
+		return sizes
+	}
+	for _, test := range []struct {
+		name   string
+		writes []int
+		want   []int
+	}{
+		{"one", []int{100}, []int{100}},
+		{"many small ones", repeat(500, 10), []int{5000}},
+		{"one byte at a time", repeat(3000, 1), []int{3000}},
+		{"headers and a body", []int{200, 8000}, []int{8200}},
+		{"powers of two", repeat(2, 64<<10), []int{full, full, 2*(64<<10) - 2*full}},
+		{"buffers of io.Copy", repeat(4, 32<<10), []int{full, full, 4*(32<<10) - 2*full}},
+		{"one large one", []int{200_000}, []int{full, full, full, 200_000 - 3*full}},
+		{"small ones behind a large one", append([]int{70_000}, repeat(10, 7)...), []int{full, 70_070 - full}},
+	} {
+		for _, blocks := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/blocks=%t", test.name, blocks), func(t *testing.T) {
+				a, b := steppedPair(t)
+				client, got := streamTo(t, a, b, &testHandler{})
+				for range 30 { // opens the congestion window
+					if _, err := client.Write(make([]byte, 100_000)); err != nil {
+						t.Fatal(err)
+					}
+					settle(t, a, b)
+				}
+				got.Reset()
+				total := 0
+				for _, size := range test.writes {
+					total += size
+				}
+				content := noise(total)
+				rest := content
+				for _, size := range test.writes {
+					var n int
+					var err error
+					if blocks {
+						n, err = client.WriteBlock(NewBlock(rest[:size]), 0)
+					} else {
+						n, err = client.Write(rest[:size])
+					}
+					if n != size || err != nil {
+						t.Fatalf("write of %d bytes = %d, %v", size, n, err)
+					}
+					rest = rest[size:]
+				}
+				a.turn()
+				frames := wire(t, a)
+				var sizes []int
+				for _, f := range frames {
+					h := &handover{frame: f[dispatch.VnetHeaderLen:]}
+					a.set.toeplitz.Parse(h.frame, &h.parsed)
+					sizes = append(sizes, h.parsed.Length-int(h.parsed.Payload))
+				}
+				if !slices.Equal(sizes, test.want) {
+					t.Errorf("segments of %v bytes, want %v", sizes, test.want)
+				}
+				for _, f := range frames {
+					write(t, b, f)
+				}
+				settle(t, a, b)
+				if !bytes.Equal(got.Bytes(), content) {
+					t.Errorf("%d bytes arrived, or others than the %d that were written", got.Len(), total)
+				}
+			})
+		}
+	}
+}
+
+// TestBlockIsShared: many connections send the same block, at their own speeds and
+// from different offsets, and each peer gets it as it is.
+func TestBlockIsShared(t *testing.T) {
+	for _, size := range []int{1, 1000, 64 << 10, 1 << 20} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			a, b := steppedPair(t)
+			content := noise(size)
+			block := NewBlock(content)
+			if block.Len() != size {
+				t.Fatalf("Len = %d, want %d", block.Len(), size)
+			}
+			const conns = 8
+			var got [conns]bytes.Buffer
+			wrote := make([]int, conns) // how far each has come
+			for i := range conns {
+				listenStepped(t, b, uint16(100+i), &testHandler{data: func(_ *Conn, p []byte) int { got[i].Write(p); return len(p) }})
+				offset := i * size / conns
+				wrote[i] = offset
+				more := func(c *Conn) {
+					for wrote[i] < size {
+						n, err := c.WriteBlock(block, wrote[i])
+						if err != nil {
+							t.Error(err)
+						}
+						if wrote[i] += n; n == 0 {
+							return
+						}
+					}
+				}
+				dialStepped(t, a, netip.AddrPortFrom(addrB, uint16(100+i)), &testHandler{open: more, writable: more})
+			}
+			settle(t, a, b)
+			for i := range conns {
+				if want := content[i*size/conns:]; !bytes.Equal(got[i].Bytes(), want) {
+					t.Errorf("connection %d: %d bytes arrived, or others than the %d that were sent", i, got[i].Len(), len(want))
+				}
+			}
+			if !bytes.Equal(block.view.AsSlice(), content) {
+				t.Error("the block has changed")
+			}
+			for range 2 * int(ackDelay/(10*time.Microsecond)) { // what is acknowledged with a delay
+				a.turn()
+				b.turn()
+			}
+			if viewSharesChunk(block.view) {
+				t.Error("the block is still in use, although everything has arrived")
+			}
+		})
+	}
+}
+
+// TestWriteThenEnd: what was written in the turn in which a connection ends leaves
+// before its FIN, and not behind a reset.
+func TestWriteThenEnd(t *testing.T) {
+	for name, test := range map[string]struct {
+		end  func(c *Conn)
+		want string
+	}{
+		"CloseWrite": {func(c *Conn) { _ = c.CloseWrite() }, "last words"},
+		"Close":      {(*Conn).Close, "last words"},
+		"Abort":      {(*Conn).Abort, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, b := steppedPair(t)
+			ended := false
+			got := ""
+			listenStepped(t, b, 7, &testHandler{
+				data:  func(_ *Conn, p []byte) int { got += string(p); return len(p) },
+				close: func(*Conn, error) { ended = true },
+			})
+			client := dialStepped(t, a, netip.AddrPortFrom(addrB, 7), &testHandler{})
+			settle(t, a, b)
+			if _, err := client.Write([]byte("last words")); err != nil {
+				t.Fatal(err)
+			}
+			test.end(client)
+			settle(t, a, b)
+			if !ended || test.want != "" && got != test.want {
+				t.Errorf("the peer got %q and knows of the end: %t; want %q, true", got, ended, test.want)
+			}
+			if n, err := client.Write([]byte("too late")); n != 0 || err == nil {
+				t.Errorf("Write after %s = %d, %v", name, n, err)
+			}
+			if n, err := client.WriteBlock(NewBlock([]byte("too late")), 0); n != 0 || err == nil {
+				t.Errorf("WriteBlock after %s = %d, %v", name, n, err)
+			}
+		})
+	}
+}
+
+// TestResetBetweenWriteAndPush: a connection may end in the turn in which something
+// was written to it.
+func TestResetBetweenWriteAndPush(t *testing.T) {
+	a, b := steppedPair(t)
+	var server *Conn
+	listenStepped(t, b, 7, &testHandler{open: func(c *Conn) { server = c }})
+	var closed error
+	client := dialStepped(t, a, netip.AddrPortFrom(addrB, 7), &testHandler{close: func(_ *Conn, err error) { closed = err }})
+	settle(t, a, b)
+	server.Abort()
+	b.turn() // the RST is on its way
+	if _, err := client.Write([]byte("nobody reads this")); err != nil {
+		t.Fatal(err)
+	}
+	settle(t, a, b)
+	if closed == nil {
+		t.Error("the reset did not end the connection")
+	}
+}
+
+// TestNewView names what breaks when gVisor's buffers are made in another way.
+func TestNewView(t *testing.T) {
+	for _, size := range []int{0, 1, 64, 65, 1500, 2048, 65_535, 65_536, 65_537, 200_000} {
+		content := noise(size)
+		for name, v := range map[string]*buffer.View{"viewOf": viewOf(content), "fullViewOf": fullViewOf(content)} {
+			if !bytes.Equal(v.AsSlice(), content) || v.Size() != size {
+				t.Errorf("%s of %d bytes has %d, or others", name, size, v.Size())
+			}
+			if want := buffer.NewViewSize(size).Capacity(); v.Capacity() != want {
+				t.Errorf("%s of %d bytes has room for %d, want %d as gVisor's own", name, size, v.Capacity(), want)
+			}
+			if name == "fullViewOf" && !v.Full() {
+				t.Errorf("%s of %d bytes is not full", name, size)
+			}
+			if viewSharesChunk(v) {
+				t.Errorf("%s of %d bytes is shared from the start", name, size)
+			}
+			clone := v.Clone()
+			if !viewSharesChunk(v) || !bytes.Equal(clone.AsSlice(), content) {
+				t.Errorf("a clone of a %s of %d bytes does not share it", name, size)
+			}
+			v.Release()
+			if viewSharesChunk(clone) {
+				t.Errorf("%s of %d bytes is shared after one of two was released", name, size)
+			}
+			clone.Release()
+		}
+	}
+}
+
+// BenchmarkWrite writes, sends, receives and acknowledges.
+func BenchmarkWrite(b *testing.B) {
+	for _, size := range []int{64, 1 << 10, 16 << 10, 64 << 10} {
+		for _, kind := range []string{"copy", "block"} {
+			b.Run(fmt.Sprintf("%s/size=%d", kind, size), func(b *testing.B) {
+				x, y := steppedPair(b)
+				listenStepped(b, y, 7, &testHandler{})
+				client := dialStepped(b, x, netip.AddrPortFrom(addrB, 7), &testHandler{})
+				settle(b, x, y)
+				content := noise(size)
+				block := NewBlock(content)
+				b.SetBytes(int64(size))
+				b.ReportAllocs()
+				for b.Loop() {
+					if kind == "copy" {
+						_, _ = client.Write(content)
+					} else {
+						_, _ = client.WriteBlock(block, 0)
+					}
+					x.turn()
+					y.turn()
+					x.turn()
+				}
+			})
+		}
+	}
+}
