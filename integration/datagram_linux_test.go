@@ -1,12 +1,18 @@
 package integration
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"numastack/stack"
 )
 
 // TestDatagramSizes echoes datagrams up to the largest; what exceeds the MTU
@@ -144,4 +150,123 @@ func TestDatagramsInParallel(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestDatagramsToKernel has the stack send many datagrams at once to several sockets
+// of the kernel, interleaved, of sizes that share frames and of others. Each arrives as
+// it was sent, in order, and with an offload most frames carry several.
+func TestDatagramsToKernel(t *testing.T) {
+	const peers, each = 4, 100
+	forVariants(t, func(t *testing.T, r *rig) {
+		r.forFamilies(t, func(t *testing.T, f family) {
+			rng := rand.New(rand.NewPCG(1, 2))
+			var sizes [peers][]int
+			for i := range peers {
+				size := 1 + rng.IntN(1400)
+				for range each {
+					if rng.IntN(20) == 0 {
+						size = 1 + rng.IntN(1400)
+					}
+					sizes[i] = append(sizes[i], size)
+				}
+			}
+			want := func(peer, n int) []byte {
+				return bytes.Repeat([]byte{byte(peer<<6 | n&0x3f)}, sizes[peer][n])
+			}
+			var conns [peers]*net.UDPConn
+			var addrs [peers]netip.AddrPort
+			for i := range conns {
+				conns[i] = listenKernelUDP(t, f.host)
+				addrs[i] = conns[i].LocalAddr().(*net.UDPAddr).AddrPort()
+			}
+			// A datagram starts it, on the thread of whoever gets it.
+			port, err := r.HandleUDP("udp", ":0", func(s *stack.Socket, _ []byte, _ netip.AddrPort) {
+				for n := range each {
+					for i, to := range addrs {
+						if _, err := s.WriteTo(want(i, n), to); err != nil {
+							t.Errorf("WriteTo: %v", err)
+						}
+					}
+				}
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = port.Close() }()
+			to := netip.AddrPortFrom(f.self, netip.MustParseAddrPort(port.Addr().String()).Port())
+			for _, c := range conns { // the kernel and the stack learn their neighbors
+				if _, err := c.WriteToUDPAddrPort([]byte("start"), to); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(20 * time.Millisecond)
+				drainUDP(t, conns[:])
+			}
+			before := r.txFrames()
+			if _, err := conns[0].WriteToUDPAddrPort([]byte("start"), to); err != nil {
+				t.Fatal(err)
+			}
+			for i, c := range conns {
+				buf := make([]byte, 2000)
+				for n := range each {
+					setDeadline(t, c)
+					got, _, err := c.ReadFromUDPAddrPort(buf)
+					if err != nil {
+						t.Fatalf("peer %d, datagram %d: %v", i, n, err)
+					}
+					if !bytes.Equal(buf[:got], want(i, n)) {
+						t.Fatalf("peer %d, datagram %d: %d bytes of %d, want %d of %d", i, n, got, buf[0], sizes[i][n], want(i, n)[0])
+					}
+				}
+			}
+			frames := r.txFrames() - before
+			if r.offloadsSegments() && frames > peers*each/2 {
+				t.Errorf("%d frames for %d datagrams, want several in most", frames, peers*each)
+			}
+			if !r.offloadsSegments() && frames < peers*each {
+				t.Errorf("%d frames for %d datagrams that nobody can cut", frames, peers*each)
+			}
+		})
+	})
+}
+
+// listenKernelUDP opens a socket of the kernel that holds what a burst brings.
+func listenKernelUDP(t *testing.T, addr netip.Addr) *net.UDPConn {
+	t.Helper()
+	c, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(addr, 0)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	raw, err := c.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = raw.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 8<<20)
+	})
+	setDeadline(t, c)
+	return c
+}
+
+// drainUDP reads what waits.
+func drainUDP(t *testing.T, conns []*net.UDPConn) {
+	t.Helper()
+	buf := make([]byte, 2000)
+	for _, c := range conns {
+		for {
+			if err := c.SetReadDeadline(time.Now().Add(20 * time.Millisecond)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := c.Read(buf); err != nil {
+				break
+			}
+		}
+	}
+}
+
+func (r *rig) txFrames() (n uint64) {
+	for _, s := range r.Stats().Shards {
+		n += s.TxFrames
+	}
+	return n
 }

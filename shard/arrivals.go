@@ -71,6 +71,8 @@ func flowSlot(ip, ports []byte, v6 bool) uint32 {
 	if len(ports) >= 4 {
 		x ^= uint32(binary.LittleEndian.Uint16(ports) ^ binary.LittleEndian.Uint16(ports[2:]))
 	}
-	const golden = 0x9e3779b1 // 2^32 divided by the golden ratio (Knuth, TAOCP 6.4)
 	return x * golden >> 22 % arrivalSlots
 }
+
+// golden is 2^32 divided by the golden ratio (Knuth, TAOCP 6.4).
+const golden = 0x9e3779b1

@@ -20,6 +20,7 @@ type clock struct {
 	now      *int64    // the owning shard's time, nanoseconds since start
 	earliest *int64    // the owning shard's next deadline; lowered here
 	timers   []*timer  // binary heap, earliest first
+	atOnce   []*timer  // of those, armed without a delay since the last step
 }
 
 var _ tcpip.Clock = (*clock)(nil)
@@ -38,7 +39,23 @@ func (c *clock) NowMonotonic() tcpip.MonotonicTime {
 func (c *clock) AfterFunc(d time.Duration, f func()) tcpip.Timer {
 	t := &timer{c: c, f: f, index: -1}
 	t.Reset(d)
+	if d <= 0 {
+		c.atOnce = append(c.atOnce, t)
+	}
 	return t
+}
+
+// fireAtOnce runs the functions that were to be called without a delay. gVisor has
+// no other word for work that it leaves to another goroutine, such as sending what
+// waited for a neighbor that has just answered.
+func (c *clock) fireAtOnce() {
+	for i, t := range c.atOnce {
+		c.atOnce[i] = nil
+		if t.Stop() {
+			t.f()
+		}
+	}
+	c.atOnce = c.atOnce[:0]
 }
 
 // never is a deadline that does not come.
@@ -56,6 +73,8 @@ func (c *clock) next() int64 {
 // armed by one of them is due in a later turn at the earliest, so the number
 // is bounded by what was armed before.
 func (c *clock) fire() (fired int) {
+	clear(c.atOnce)
+	c.atOnce = c.atOnce[:0]
 	// now moves when it is asked for.
 	for now := *c.now; len(c.timers) > 0 && c.timers[0].when <= now; {
 		t := c.timers[0]

@@ -191,6 +191,9 @@ func (s *Shard) deliver(g *Group, h *handover) {
 	default:
 		g.deliver(&h.vnet, &h.parsed, h.frame, h.view, h.offset)
 	}
+	if h.parsed.Class == dispatch.ClassNeighbor {
+		g.clock.fireAtOnce() // what waited for the neighbor leaves before what follows
+	}
 }
 
 // steerFragment sends a fragment, and those that waited for it, to the group of

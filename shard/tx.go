@@ -84,6 +84,7 @@ func (t *txQueue) pushDatagram(d *datagramFrame, via *dispatch.Queue) {
 	}
 	if t.offloads.UDP {
 		t.datagrams.last[frameSlot(d.from, d.to)] = d
+		t.datagrams.pending = true
 	}
 	t.frames = append(t.frames, txFrame{datagrams: d, via: via})
 }
@@ -162,7 +163,9 @@ func (t *txQueue) flush() int {
 	}
 	t.frames = t.frames[:0]
 	t.acks = [ackSlots]int32{}
-	t.datagrams.last = [frameSlots]*datagramFrame{}
+	if t.datagrams.pending {
+		t.datagrams.last, t.datagrams.pending = [frameSlots]*datagramFrame{}, false
+	}
 	return n
 }
 

@@ -246,6 +246,9 @@ func (s *Socket) WriteTo(b []byte, to netip.AddrPort) (int, error) {
 			return 0, syscall.ENETUNREACH
 		}
 	}
+	if s.sendAlong(b, to) {
+		return len(b), nil
+	}
 	sc := s.g.shard.scratch
 	sc.payload.b = b
 	sc.to = fullAddress(to)
@@ -254,7 +257,7 @@ func (s *Socket) WriteTo(b []byte, to netip.AddrPort) (int, error) {
 	switch {
 	case networkHeaderLen(to.Addr())+header.UDPMinimumSize+len(b) > int(mtu):
 		err = s.writeFragments(b, mtu)
-	case !s.send(b, to):
+	case !s.sendFrame(b, to):
 		err = s.write(b)
 	}
 	sc.payload.b = nil

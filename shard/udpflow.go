@@ -205,18 +205,21 @@ const (
 
 // frameSlots is the number of flows whose last frame of the burst is remembered; a
 // flow that shares its slot with another merely begins a new frame.
-const frameSlots = 64
+const frameSlots = 256
 
 // datagramFrames are the frames of datagrams of one burst. Owned by the shard's
 // thread.
 type datagramFrames struct {
 	last         [frameSlots]*datagramFrame // by flow: takes more datagrams
+	pending      bool                       // last is not empty
 	small, large []*datagramFrame           // free, last in, first out
 	largeMade    int
 }
 
 func frameSlot(s *Socket, to netip.AddrPort) int {
-	return int(to.Port()^s.local.Port()) % frameSlots
+	a := to.Addr().As16()
+	x := binary.LittleEndian.Uint32(a[12:]) ^ uint32(to.Port())<<16 ^ uint32(s.local.Port())
+	return int(x * golden >> 24)
 }
 
 // add puts a datagram into the last frame of its flow, and returns false when
@@ -285,7 +288,7 @@ func (f *datagramFrames) give(d *datagramFrame) {
 func (f *datagramFrames) begin(s *Socket, to netip.AddrPort, payload []byte, mac [6]byte) *datagramFrame {
 	v6 := !to.Addr().Is4()
 	headers := dispatch.VnetHeaderLen + ethernetLen + networkHeaderLen(to.Addr()) + header.UDPMinimumSize
-	d := (*datagramFrame)(nil)
+	var d *datagramFrame
 	if headers+len(payload) <= smallFrame {
 		d = f.takeSmall()
 	} else if d = f.takeLarge(); d == nil {
@@ -363,21 +366,28 @@ func (d *datagramFrame) finish(partial bool) {
 // udpChecksumOffset is where the checksum stands in a UDP header (RFC 768).
 const udpChecksumOffset = 6
 
-// send puts a datagram into a frame on the transmit queue, and returns false when
-// it has to go through gVisor.
-func (s *Socket) send(b []byte, to netip.AddrPort) bool {
-	if s.closed {
+// sendAlong puts a datagram into a frame of its flow that is on the transmit queue,
+// and returns false when none takes it.
+func (s *Socket) sendAlong(b []byte, to netip.AddrPort) bool {
+	t := s.g.shard.tx
+	if s.closed || !t.datagrams.pending || !t.datagrams.add(s, to, b) {
 		return false
 	}
-	t := s.g.shard.tx
-	if t.datagrams.add(s, to, b) {
-		s.g.link.sent++
-		return true
+	s.g.link.sent++
+	return true
+}
+
+// sendFrame puts a datagram into a frame of its own on the transmit queue, and returns
+// false when it has to go through gVisor.
+func (s *Socket) sendFrame(b []byte, to netip.AddrPort) bool {
+	if s.closed {
+		return false
 	}
 	h := s.g.hop(s.local.Addr(), to.Addr())
 	if h == nil {
 		return false
 	}
+	t := s.g.shard.tx
 	d := t.datagrams.begin(s, to, b, h.mac)
 	if d == nil {
 		t.flush()

@@ -231,7 +231,7 @@ func TestDatagramFrame(t *testing.T) {
 				if err := s.write(payload); err != nil {
 					t.Fatal(err)
 				}
-				if !s.send(payload, to) {
+				if !s.sendFrame(payload, to) {
 					t.Fatal("it does not take the short way")
 				}
 				a.turn()
@@ -349,6 +349,35 @@ func TestDatagramsToManyPeers(t *testing.T) {
 	}
 }
 
+// TestDatagramsWaitForNeighbor: what waited for a neighbor's answer leaves before what
+// the frame behind that answer makes a handler send.
+func TestDatagramsWaitForNeighbor(t *testing.T) {
+	a, b := steppedPair(t)
+	var got []arrived
+	listenEverywhere(t, b, 9, &got)
+	to := netip.AddrPortFrom(addrB, 9)
+	local := netip.AddrPortFrom(addrA, 1234)
+	s, err := a.set.groups[a.set.groupOf(protoUDP, local, to)].listenUDP(local, func(s *Socket, p []byte, from netip.AddrPort) {
+		_, _ = s.WriteTo(p, from)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []arrived{{"1", local}, {"2", local}, {"3", local}}
+	for _, d := range want {
+		if _, err := s.WriteTo([]byte(d.payload), to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a.turn() // asks for the neighbor
+	b.turn() // answers
+	write(t, a, append(make([]byte, dispatch.VnetHeaderLen), datagramOf(a, to, local, []byte("4"))...))
+	settle(t, a, b)
+	if want = append(want, arrived{"4", local}); !slices.Equal(got, want) {
+		t.Errorf("%v arrived, want %v", got, want)
+	}
+}
+
 // TestHops: gVisor is asked for a neighbor once per turn, and what it has to find out
 // itself is left to it.
 func TestHops(t *testing.T) {
@@ -356,7 +385,7 @@ func TestHops(t *testing.T) {
 	a.set.cfg.Gateways = []netip.Addr{addrB}
 	g := a.groups[1]
 	s := portAt(t, g, netip.AddrPortFrom(addrA, 0))
-	if s.send([]byte("x"), netip.AddrPortFrom(addrB, 9)) {
+	if s.sendFrame([]byte("x"), netip.AddrPortFrom(addrB, 9)) {
 		t.Error("a neighbor that nobody has asked for is known")
 	}
 	if _, err := s.WriteTo([]byte("x"), netip.AddrPortFrom(addrB, 9)); err != nil {
@@ -423,4 +452,48 @@ func TestDatagramsAllocateNothing(t *testing.T) {
 	if received-before < 1000 {
 		t.Errorf("%d datagrams received, want 10 a round", received-before)
 	}
+}
+
+// BenchmarkDatagrams sends bursts to one peer, or to several in turn, without what the
+// kernel does with the frames.
+func BenchmarkDatagrams(b *testing.B) {
+	for _, peers := range []int{1, 16} {
+		for _, size := range []int{64, 1400} {
+			b.Run(fmt.Sprintf("send/peers=%d/size=%d", peers, size), func(b *testing.B) {
+				x, y := steppedPair(b)
+				s := portAt(b, x.groups[1], netip.AddrPortFrom(addrA, 1234))
+				_, _ = s.WriteTo([]byte("x"), netip.AddrPortFrom(addrB, 9)) // resolves the neighbor
+				settle(b, x, y)
+				x.tx.queue = sink(b)
+				payload := make([]byte, size)
+				b.SetBytes(int64(size))
+				b.ReportAllocs()
+				for i := 0; b.Loop(); i++ {
+					_, _ = s.WriteTo(payload, netip.AddrPortFrom(addrB, uint16(9+i%peers)))
+					if i%(32*peers) == 0 {
+						x.tx.flush()
+					}
+				}
+			})
+		}
+	}
+	b.Run("receive/size=1400", func(b *testing.B) {
+		_, y := steppedPair(b)
+		received := 0
+		for _, g := range y.groups {
+			if _, err := g.listenUDP(netip.AddrPortFrom(addrB, 9), func(*Socket, []byte, netip.AddrPort) { received++ }); err != nil {
+				b.Fatal(err)
+			}
+		}
+		h := &handover{
+			vnet:  dispatch.VnetHeader{Flags: dispatch.VnetDataValid},
+			frame: datagramOf(y, netip.AddrPortFrom(addrA, 1234), netip.AddrPortFrom(addrB, 9), make([]byte, 1400)),
+		}
+		b.SetBytes(1400)
+		b.ReportAllocs()
+		for b.Loop() {
+			y.set.toeplitz.Parse(h.frame, &h.parsed)
+			y.route(h, true)
+		}
+	})
 }
