@@ -135,6 +135,7 @@ func TestIperf3(t *testing.T) {
 	}{
 		{"TCP", s.self4.String(), "-t 1", true, false},
 		{"TCP reverse", s.self4.String(), "-t 1 -R", true, false},
+		{"TCP reverse without a copy", s.self4.String(), "-t 1 -R -Z", true, false},
 		{"TCP both ways", s.self4.String(), "-t 1 --bidir -P 8", true, true},
 		{"TCP IPv6", s.self6.String(), "-t 1 -6", true, false},
 		{"TCP IPv6 both ways", s.self6.String(), "-t 1 -6 --bidir -P 4", true, true},

@@ -3,6 +3,8 @@ package shard
 import (
 	"sync"
 	"sync/atomic"
+
+	"gvisor.dev/gvisor/pkg/buffer"
 )
 
 // Sizes in bytes of the blocks of a byteRing. A small one holds a request or
@@ -13,14 +15,15 @@ const (
 )
 
 // byteRing carries bytes between a shard's thread and a goroutine, one of them
-// writing and the other reading. Its memory is a chain of blocks out of a pool:
-// the writer appends them, the reader gives them back, and an empty ring whose
-// reader has called release holds none.
+// writing and the other reading. Its memory is a chain of blocks: the writer
+// appends them, the reader lets go of them, and an empty ring whose reader has
+// called release holds none. Blocks are gVisor's views, so the netstack may keep
+// what it has got out of a ring.
 //
 // Either side touches the other's fields only when the ring is empty, which
 // stays so until the writer ends a write: then the writer may start over at the
-// front of its block, so that a connection with little on the way keeps to a
-// few cache lines.
+// front of its block, if nobody else holds it, so that a connection with little on
+// the way keeps to a few cache lines.
 type byteRing struct {
 	limit atomic.Int64 // bytes that may wait
 
@@ -48,31 +51,50 @@ const (
 
 // block is a piece of a byteRing.
 type block struct {
-	b    []byte
-	end  int // bytes written; final once next is set, and for the reader only then
+	view *buffer.View
+	b    []byte // the same
+	end  int    // bytes written; final once next is set, and for the reader only then
 	next atomic.Pointer[block]
 }
 
+// Small blocks, which are never handed over, keep their memory in the pool.
 var (
-	smallBlocks = sync.Pool{New: func() any { return &block{b: make([]byte, smallBlock)} }}
-	largeBlocks = sync.Pool{New: func() any { return &block{b: make([]byte, largeBlock)} }}
+	smallBlocks = sync.Pool{New: func() any { return &block{view: newView(smallBlock)} }}
+	emptyBlocks = sync.Pool{New: func() any { return new(block) }}
 )
 
+// newBlock returns an empty block for size bytes, or as many as a block may have.
 func newBlock(size int) *block {
 	if size <= smallBlock {
-		return smallBlocks.Get().(*block)
+		b := smallBlocks.Get().(*block)
+		b.b = b.view.AsSlice()
+		return b
 	}
-	return largeBlocks.Get().(*block)
+	v := newView(min(size, largeBlock))
+	v.Grow(v.AvailableSize())
+	b := blockOf(v)
+	b.end = 0
+	return b
+}
+
+// blockOf returns a full block of the bytes of v, which it takes over.
+func blockOf(v *buffer.View) *block {
+	b := emptyBlocks.Get().(*block)
+	b.view, b.b = v, v.AsSlice()
+	b.end = len(b.b)
+	return b
 }
 
 func (b *block) free() {
 	b.end = 0
 	b.next.Store(nil)
-	if len(b.b) == smallBlock {
+	if len(b.b) == smallBlock && !viewSharesChunk(b.view) {
 		smallBlocks.Put(b)
-	} else {
-		largeBlocks.Put(b)
+		return
 	}
+	b.view.Release()
+	b.view, b.b = nil, nil
+	emptyBlocks.Put(b)
 }
 
 // len returns how many bytes wait. Either side may call it.
@@ -129,6 +151,10 @@ func (r *byteRing) begin(n int) {
 		b := r.first
 		r.first = b.next.Load()
 		b.free()
+	}
+	if viewSharesChunk(r.last.view) {
+		r.at = r.last.end // the netstack still has what was read: go on behind it
+		return
 	}
 	r.at = 0
 	r.last.end = 0
@@ -188,6 +214,16 @@ func (r *byteRing) peek() []byte {
 		r.first, r.at = next, 0
 		b.free()
 	}
+}
+
+// lend returns the first n bytes that peek returns, without a copy: they stay as
+// they are until the view is released. They are to be skipped. Reader only.
+func (r *byteRing) lend(n int) *buffer.View {
+	r.peek()
+	v := r.first.view.Clone()
+	v.TrimFront(r.at)
+	v.CapLength(n)
+	return v
 }
 
 // skip drops n bytes that peek returned. Reader only.

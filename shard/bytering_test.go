@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"testing"
+
+	"gvisor.dev/gvisor/pkg/buffer"
 )
 
 func TestByteRingModel(t *testing.T) {
@@ -75,9 +78,22 @@ func TestByteRingThreads(t *testing.T) {
 	}
 }
 
-// TestByteRingBlocks is the model test with blocks that are appended whole, and
-// a reader that releases whenever it feels like it.
+// TestByteRingBlocks is the model test with blocks that are appended whole, a reader
+// that releases whenever it feels like it, and that keeps some of what it reads.
 func TestByteRingBlocks(t *testing.T) {
+	type kept struct {
+		view  *buffer.View
+		first int // of the stream's bytes
+	}
+	var lent []kept
+	check := func(what string, b []byte, first int) {
+		t.Helper()
+		for i, x := range b {
+			if x != byte((first+i)%251) {
+				t.Fatalf("%s: byte %d is %d, want %d", what, first+i, x, byte((first+i)%251))
+			}
+		}
+	}
 	r := new(byteRing)
 	r.limit.Store(netRing)
 	rng := rand.New(rand.NewPCG(3, 4))
@@ -116,13 +132,18 @@ func TestByteRingBlocks(t *testing.T) {
 			if rng.IntN(3) == 0 {
 				n = rng.IntN(n + 1)
 			}
-			for i, x := range view[:n] {
-				if x != byte((read+i)%251) {
-					t.Fatalf("byte %d is %d, want %d", read+i, x, byte((read+i)%251))
-				}
+			check("read", view[:n], read)
+			if n > 0 && rng.IntN(3) == 0 {
+				lent = append(lent, kept{r.lend(n), read})
 			}
 			r.skip(n)
 			read += n
+		}
+		if len(lent) > rng.IntN(10) {
+			i := rng.IntN(len(lent))
+			check("kept", lent[i].view.AsSlice(), lent[i].first)
+			lent[i].view.Release()
+			lent = slices.Delete(lent, i, i+1)
 		}
 		if r.len() != written-read {
 			t.Fatalf("len %d, want %d", r.len(), written-read)

@@ -81,8 +81,9 @@ type Conn struct {
 	abort     bool
 	done      bool
 
-	failure   error         // what a Write was told; gVisor tells it once
-	orphanFor time.Duration // how long it waits for its peer once closed; 0: orphanTime
+	sendBuffer int           // bytes, of a connection to a near peer
+	failure    error         // what a Write was told; gVisor tells it once
+	orphanFor  time.Duration // how long it waits for its peer once closed; 0: orphanTime
 }
 
 // connList is the ring of a group's connections, with itself as the sentinel.
@@ -161,7 +162,7 @@ func (c *Conn) serve(s *Shard) {
 		return
 	}
 	if events&waiter.WritableEvents != 0 && !c.closing && c.wantWrite {
-		c.wantWrite = false
+		c.waited()
 		c.paused = false
 		c.h.Writable(c)
 	}
@@ -276,7 +277,8 @@ func (c *Conn) tune(s *Shard) {
 	info := &s.scratch.info
 	if err := c.ep.GetSockOpt(info); err == nil && info.RTT > 0 && info.RTT < nearRTT {
 		c.near = true
-		c.ep.SocketOptions().SetSendBufferSize(int64(s.set.cfg.SendBuffer), true)
+		c.sendBuffer = s.set.cfg.SendBuffer
+		c.ep.SocketOptions().SetSendBufferSize(int64(c.sendBuffer), true)
 	}
 }
 
@@ -287,6 +289,7 @@ func (c *Conn) finish(err error) {
 		return
 	}
 	c.done = true
+	c.waited()
 	c.wq.EventUnregister(&c.entry)
 	if c.opened || c.dialing {
 		c.h.Close(c, err)

@@ -250,6 +250,17 @@ func (co *ServedConn) Read(b []byte) (int, error) {
 
 // Write implements net.Conn.
 func (co *ServedConn) Write(b []byte) (int, error) {
+	return co.write(len(b), func(done int) (int, error) { return co.c.Write(b[done:]) })
+}
+
+// WriteBlock is Write of all bytes of a block, without a copy.
+func (co *ServedConn) WriteBlock(b *Block) (int, error) {
+	return co.write(b.Len(), func(done int) (int, error) { return co.c.WriteBlock(b, done) })
+}
+
+// write calls some, which writes what fits of all after the first done bytes, until
+// everything is written.
+func (co *ServedConn) write(all int, some func(done int) (int, error)) (int, error) {
 	done := 0
 	for {
 		switch {
@@ -258,12 +269,12 @@ func (co *ServedConn) Write(b []byte) (int, error) {
 		case co.due(co.writeDeadline):
 			return done, co.opError("write", os.ErrDeadlineExceeded)
 		}
-		n, err := co.c.Write(b[done:])
+		n, err := some(done)
 		done += n
 		if err != nil {
 			return done, co.opError("write", err)
 		}
-		if done == len(b) {
+		if done == all {
 			return done, nil
 		}
 		if !co.wait(waitWrite) {

@@ -330,7 +330,8 @@ func TestNoFINBehindHalf(t *testing.T) {
 				close: func(_ *Conn, err error) { ends = append(ends, err) },
 			})
 			settle(t, a, b)
-			server.c.ep.SocketOptions().SetSendBufferSize(8<<10, false) // all of it fits into the first window
+			server.c.sendBuffer = 8 << 10 // all of it fits into the first window
+			server.c.ep.SocketOptions().SetSendBufferSize(8<<10, false)
 			const size = 100_000
 			if n, err := server.Write(make([]byte, size)); n != size || err != nil {
 				t.Fatalf("Write = %d, %v", n, err)

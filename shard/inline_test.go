@@ -132,7 +132,7 @@ func dialStepped(t testing.TB, s *Shard, remote netip.AddrPort, h Handler) *Conn
 	if !ok {
 		t.Fatalf("no source address for %v", remote)
 	}
-	c, err := s.groups[1].dial(local, portsInto(s.groups[1], local, remote, 1), false, remote, h, nil)
+	c, err := s.groups[1].dial(local, portsInto(s.groups[1], local, remote, 100), false, remote, h, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -233,8 +233,11 @@ func (s *Shard) release(m *move) {
 		}
 		return false
 	})
-	for range g.conns.all {
+	for c := range g.conns.all {
 		s.counters.ConnsOpen--
+		if c.wantWrite {
+			s.waiting--
+		}
 	}
 	s.counters.GroupsReleased++
 	m.left = s.now
@@ -255,6 +258,9 @@ func (s *Shard) adopt(m *move) {
 	s.ready = append(s.ready, m.ready...)
 	for c := range g.conns.all {
 		s.counters.ConnsOpen++
+		if c.wantWrite {
+			s.waiting++
+		}
 		if h, ok := c.h.(Mover); ok && c.opened {
 			h.Move(c)
 		}

@@ -18,6 +18,11 @@ import (
 // netRing is how many bytes wait in each of a NetConn's two rings at most.
 const netRing = 256 << 10
 
+// lendLimit is the size in bytes from which on the pieces of a ring are handed over
+// without a copy. A small one is copied: its memory is in the cache, and is used
+// again at once.
+const lendLimit = 8 << 10
+
 // NetConn is a TCP connection for any goroutine, with the behavior of a
 // *net.TCPConn. Its endpoint is touched by its shard alone: bytes pass through
 // two rings, and a goroutine that put something into one, or made room in the
@@ -217,6 +222,29 @@ func (n *NetConn) ReadFrom(r io.Reader) (int64, error) {
 			}
 			return total, n.opError("readfrom", err)
 		}
+	}
+}
+
+// WriteBlock is Write of all bytes of a block, without a copy.
+func (n *NetConn) WriteBlock(b *Block) (int, error) {
+	n.writeMu.Lock()
+	defer n.writeMu.Unlock()
+	for done := 0; ; {
+		if err := n.notWritable(); err != nil {
+			return done, n.opError("write", err)
+		}
+		if room := min(n.out.free(), b.Len()-done); room > 0 {
+			v := b.view.Clone()
+			v.TrimFront(done)
+			v.CapLength(room)
+			n.out.append(blockOf(v))
+			done += room
+			n.kick()
+		}
+		if done == b.Len() {
+			return done, nil
+		}
+		n.awaitRoom(1)
 	}
 }
 
@@ -493,7 +521,13 @@ func (n *NetConn) drain() {
 		if len(b) == 0 {
 			break
 		}
-		took, err := c.Write(b)
+		var took int
+		var err error
+		if len(b) < lendLimit { // a small block too: it is not worth its overhead
+			took, err = c.Write(b)
+		} else if took, err = c.room(); took > 0 {
+			took = c.lend(n.out.lend(len(b)), took)
+		}
 		if err != nil {
 			n.endWriting(err)
 			for len(b) > 0 { // nobody wants it any more

@@ -421,3 +421,50 @@ func TestNetConnFINFollowsTheLastWrite(t *testing.T) {
 		}
 	}
 }
+
+// TestNetConnLends: large pieces go from a net.Conn to the netstack without a copy, and
+// their memory comes back.
+func TestNetConnLends(t *testing.T) {
+	a, b := steppedPair(t)
+	var server, client *NetConn
+	listenStepped(t, b, 7, &netHandler{accept: func(c *NetConn) bool { server = c; return true }})
+	client = newNetConn()
+	client.established = make(chan error, 1)
+	local, _ := a.set.source(addrB)
+	remote := netip.AddrPortFrom(addrB, 7)
+	if _, err := a.groups[1].dial(local, portsInto(a.groups[1], local, remote, 1), false, remote, &netHandler{}, client); err != nil {
+		t.Fatal(err)
+	}
+	settle(t, a, b)
+	for range 10 { // opens the congestion window
+		if _, err := client.Write(make([]byte, 60_000)); err != nil {
+			t.Fatal(err)
+		}
+		settle(t, a, b)
+		if _, err := io.ReadFull(server, make([]byte, 60_000)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	content := noise(60_000)
+	if n, err := client.Write(content); n != len(content) || err != nil {
+		t.Fatalf("Write = %d, %v", n, err)
+	}
+	written := client.out.lend(len(client.out.peek()))
+	defer written.Release()
+	a.turn()
+	if client.out.first != nil || !viewSharesChunk(written) {
+		t.Error("the netstack has a copy of what was written")
+	}
+	settle(t, a, b)
+	got := make([]byte, len(content))
+	if n, err := io.ReadFull(server, got); err != nil || !bytes.Equal(got, content) {
+		t.Errorf("read %d bytes (%v), or others than were written", n, err)
+	}
+	for range 2 * int(ackDelay/(10*time.Microsecond)) { // the acknowledgement is delayed
+		a.turn()
+		b.turn()
+	}
+	if viewSharesChunk(written) {
+		t.Error("the netstack still has what was acknowledged")
+	}
+}

@@ -138,7 +138,9 @@ func (n *NetConn) SetWriteBuffer(bytes int) error {
 	}
 	return n.setOption(func(c *Conn) tcpip.Error {
 		n.out.limit.Store(ringLimit(bytes))
-		c.ep.SocketOptions().SetSendBufferSize(clampBuffer(bytes, c.g.shard.set.cfg.SendBuffer), true)
+		size := clampBuffer(bytes, c.g.shard.set.cfg.SendBuffer)
+		c.sendBuffer = int(size)
+		c.ep.SocketOptions().SetSendBufferSize(size, true)
 		n.writable.give()
 		return nil
 	})

@@ -219,6 +219,80 @@ func TestResetBetweenWriteAndPush(t *testing.T) {
 	}
 }
 
+// TestSendShare: the send buffers of many connections whose peers do not read become
+// smaller, those of few do not, and writing goes on when a peer does.
+func TestSendShare(t *testing.T) {
+	a, b := steppedPair(t)
+	const conns = 2 * sendMemory / (768 << 10)
+	reading := false
+	var paused []*Conn
+	received := make(map[*Conn]int)
+	listenStepped(t, b, 7, &testHandler{data: func(c *Conn, p []byte) int {
+		if !reading {
+			paused = append(paused, c)
+			return 0
+		}
+		received[c] += len(p)
+		return len(p)
+	}})
+	chunk := make([]byte, 32<<10)
+	const size = 4 << 20 // more than all buffers of a connection
+	wrote := make(map[*Conn]int)
+	more := func(c *Conn) {
+		for wrote[c] < size {
+			n, err := c.Write(chunk[:min(len(chunk), size-wrote[c])])
+			if err != nil {
+				t.Fatal(err)
+			}
+			if wrote[c] += n; n == 0 {
+				return
+			}
+		}
+	}
+	var clients []*Conn
+	for range conns {
+		clients = append(clients, dialStepped(t, a, netip.AddrPortFrom(addrB, 7), &testHandler{open: more, writable: more}))
+		settle(t, a, b)
+	}
+	if a.waiting != conns {
+		t.Fatalf("%d connections wait, want all %d", a.waiting, conns)
+	}
+	if n, want := sendBufferOf(clients[0]), a.set.cfg.SendBuffer; n != want {
+		t.Errorf("the first connection has a send buffer of %d bytes, want %d", n, want)
+	}
+	if n := sendBufferOf(clients[conns-1]); n > sendMemory/(conns-1) || n < minSendShare {
+		t.Errorf("the last of %d connections has a send buffer of %d bytes, want %d to %d", conns, n, minSendShare, sendMemory/(conns-1))
+	}
+	reading = true
+	for _, c := range paused {
+		c.Resume()
+	}
+	settle(t, a, b)
+	total := 0
+	for _, n := range received {
+		total += n
+	}
+	if total != conns*size || a.waiting != 0 {
+		t.Errorf("%d bytes of %d arrived, and %d connections still wait", total, conns*size, a.waiting)
+	}
+	// Alone again, a connection takes what it wants.
+	reading = false
+	last := clients[conns-1]
+	wrote[last] = 0
+	more(last)
+	settle(t, a, b)
+	if n, want := sendBufferOf(last), a.set.cfg.SendBuffer; n != want || a.waiting != 1 {
+		t.Errorf("with %d connections that wait, one has a send buffer of %d bytes, want 1 and %d", a.waiting, n, want)
+	}
+	last.Abort()
+	settle(t, a, b)
+	if a.waiting != 0 {
+		t.Errorf("%d connections wait after the last one has ended", a.waiting)
+	}
+}
+
+func sendBufferOf(c *Conn) int { return int(c.ep.SocketOptions().GetSendBufferSize()) }
+
 // TestNewView names what breaks when gVisor's buffers are made in another way.
 func TestNewView(t *testing.T) {
 	for _, size := range []int{0, 1, 64, 65, 1500, 2048, 65_535, 65_536, 65_537, 200_000} {

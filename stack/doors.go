@@ -25,6 +25,8 @@ type (
 	Mover = shard.Mover
 	// Conn is a TCP connection as a Handler sees it.
 	Conn = shard.Conn
+	// Block is bytes that connections send as they are, without a copy.
+	Block = shard.Block
 	// Datagrams is called on the shard's thread for each UDP datagram.
 	Datagrams = shard.DatagramHandler
 	// Socket is a UDP port as a Datagrams function sees it.
@@ -48,6 +50,11 @@ func (s *Stack) HandleTCP(network, address string, h Handler) (net.Listener, err
 	}
 	return handled{l}, nil
 }
+
+// NewBlock returns a Block with a copy of b. [Conn.WriteBlock] and
+// [ServedConn.WriteBlock] send it, and WriteBlock(*Block) (int, error), which the
+// connections of Listen and Dial have.
+func NewBlock(b []byte) *Block { return shard.NewBlock(b) }
 
 // Serve runs h for every connection that arrives at address: blocking code as
 // a coroutine on the shard's thread. The net.Conn that h gets is a

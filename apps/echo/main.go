@@ -124,8 +124,8 @@ func (discard) Close(*stack.Conn, error)         {}
 // chargen sends until the peer is gone.
 type chargen struct{}
 
-// pattern is what chargen sends, in pieces of the largest GSO payload.
-var pattern = []byte(strings.Repeat("!\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefg\r\n", 64<<10/74))
+// pattern is what chargen sends.
+var pattern = stack.NewBlock([]byte(strings.Repeat("!\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefg\r\n", 64<<10/73)))
 
 func (g chargen) Open(c *stack.Conn) { g.Writable(c) }
 
@@ -133,8 +133,8 @@ func (chargen) Data(_ *stack.Conn, b []byte) int { return len(b) }
 
 func (chargen) Writable(c *stack.Conn) {
 	for {
-		n, err := c.Write(pattern)
-		if err != nil || n < len(pattern) {
+		n, err := c.WriteBlock(pattern, 0)
+		if err != nil || n < pattern.Len() {
 			return
 		}
 	}

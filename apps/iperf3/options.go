@@ -25,6 +25,7 @@ type options struct {
 	length, window           int64 // bytes; length 0: the default
 	mss                      int   // bytes, 0: the stack's choice
 	noDelay, serverOutput    bool
+	zeroCopy                 bool
 	counters64, json         bool
 	v4, v6                   bool
 	interval, connectTimeout time.Duration
@@ -64,6 +65,7 @@ Client:
   -w, -window N[KMG]    socket buffer size
   -M, -set-mss N        TCP maximum segment size; only with -host-sockets
   -N, -no-delay         no Nagle algorithm
+  -Z, -zerocopy         who sends over TCP does not copy; numastack's sockets only
   -connect-timeout MS   milliseconds the connection and each protocol step may take (10000)
   -get-server-output    print the server's report too
   -udp-counters-64bit   64-bit packet numbers
@@ -103,6 +105,7 @@ func newFlags(o *options, output io.Writer) *flag.FlagSet {
 	toggle(&o.reverse, "R", "reverse")
 	toggle(&o.bidir, "bidir")
 	toggle(&o.noDelay, "N", "no-delay")
+	toggle(&o.zeroCopy, "Z", "zerocopy")
 	toggle(&o.serverOutput, "get-server-output")
 	toggle(&o.counters64, "udp-counters-64bit")
 	toggle(&o.json, "J", "json")
@@ -221,6 +224,7 @@ func (o *options) params() *params {
 		BlockCount: number(o.blocks), MSS: number(o.mss), NoDelay: o.noDelay, Parallel: number(o.parallel),
 		Reverse: o.reverse, Bidirectional: o.bidir, Window: number(o.window), Len: number(o.length),
 		Bandwidth: number(max(o.bitrate, 0)), Burst: number(o.burst), PacingTimer: 1000,
+		ZeroCopy:        number(bit(o.zeroCopy)),
 		GetServerOutput: number(bit(o.serverOutput)), Counters64: number(bit(o.counters64)), ClientVersion: "3.12",
 	}
 	if p.Num > 0 || p.BlockCount > 0 {

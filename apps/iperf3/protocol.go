@@ -149,6 +149,7 @@ type params struct {
 	BlockCount      number `json:"blockcount"` // blocks, all streams together
 	MSS             number `json:"MSS,omitempty"`
 	NoDelay         bool   `json:"nodelay,omitempty"`
+	ZeroCopy        number `json:"zerocopy,omitempty"` // 1: whoever sends over TCP does not copy
 	Parallel        number `json:"parallel"`
 	Reverse         bool   `json:"reverse,omitempty"`
 	Bidirectional   bool   `json:"bidirectional,omitempty"`

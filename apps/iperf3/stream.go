@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"numastack/stack"
 )
 
 // epoch is where the time stamps in our datagrams count from.
@@ -25,6 +27,11 @@ type wire interface {
 	Close() error
 }
 
+// blockWriter is a wire that sends without a copy.
+type blockWriter interface {
+	WriteBlock(*stack.Block) (int, error)
+}
+
 // stream is one flow of blocks in one direction.
 type stream struct {
 	// Immutable after newStream.
@@ -32,6 +39,7 @@ type stream struct {
 	tag    int // in printed lines; the original prints its socket number there
 	sends  bool
 	udp    bool
+	zero   bool // send without a copy, if the wire can
 	wide   bool // 64-bit packet numbers
 	length int  // bytes per block
 	wire   wire
@@ -51,7 +59,7 @@ type stream struct {
 // newStream prepares stream index of a test; its goroutine is not started yet.
 func newStream(p *params, index int, sends bool, w wire) *stream {
 	s := &stream{
-		id: streamID(index), tag: 5 + 2*index, sends: sends, udp: p.UDP,
+		id: streamID(index), tag: 5 + 2*index, sends: sends, udp: p.UDP, zero: p.ZeroCopy == 1,
 		wide: p.Counters64 != 0, length: int(p.Len), wire: w,
 	}
 	s.counting.Store(true)
@@ -113,6 +121,11 @@ func (s *stream) restart() {
 func (s *stream) send(stop <-chan struct{}, amount *quota, pace pacer) error {
 	block := make([]byte, s.length)
 	_, _ = rand.Read(block) // random, so that nothing on the way can compress it
+	write := func() (int, error) { return s.wire.Write(block) }
+	if w, can := s.wire.(blockWriter); can && s.zero {
+		shared := stack.NewBlock(block)
+		write = func() (int, error) { return w.WriteBlock(shared) }
+	}
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	pace.start = time.Now()
@@ -141,7 +154,7 @@ func (s *stream) send(stop <-chan struct{}, amount *quota, pace pacer) error {
 		if s.udp {
 			putHeader(block, now.Sub(epoch), uint64(s.packets.Load()+1), s.wide)
 		}
-		n, err := s.wire.Write(block)
+		n, err := write()
 		if s.udp && errors.Is(err, syscall.ENOBUFS) {
 			// The device's queue is full: the datagram is lost before it left, and the queue needs a moment.
 			time.Sleep(100 * time.Microsecond)
