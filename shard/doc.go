@@ -8,16 +8,17 @@
 //  2. steer: parse and hash; the flow's group is mine, or its owner's ring gets
 //     the frame
 //  3. deliver: a segment of an open connection is queued on its endpoint
-//     (flow.go); for all else the group's gVisor netstack does IP and finds the
-//     endpoint (group.go, link.go)
+//     (flow.go), a datagram for an open port goes to its handler (udpflow.go); for
+//     all else the group's gVisor netstack does IP and finds the endpoint
+//     (group.go, link.go)
 //  4. process: TCP of every endpoint that got segments (inline.go)
 //  5. timers: retransmission, keep-alive and the like (clock.go, blackhole.go)
 //  6. run: tasks from other goroutines (mail.go), then the application: events
 //     of connections and sockets (conn.go, listener.go, udp.go), or blocking
 //     handlers that go on as coroutines (coroutine.go, offload.go)
-//  7. flush: acknowledge what no answer has (flow.go), and write what the turn
-//     sends (tx.go); without kernel steering on the queue where the flow
-//     arrives (arrivals.go)
+//  7. flush: send what was written (send.go), acknowledge what no answer has
+//     (flow.go), make frames of it all (out.go) and write them (tx.go); without
+//     kernel steering on the queue where the flow arrives (arrivals.go)
 //  8. wait: look for work for a while, then block (Shard.wait)
 //
 // Who owns what: a [Group] and everything in it (netstack, device, clock,

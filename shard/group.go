@@ -50,6 +50,7 @@ type Group struct {
 	sockets    map[tcpip.Endpoint]*Socket
 	ports      map[netip.AddrPort]*Socket // by local address: those that share it with no other
 	hops       map[hopKey]*hop
+	lastHop    *hop
 	frames     uint64 // delivered
 	bytes      uint64 // the same, from the Ethernet header on
 	outOfOrder uint64 // segments that came before an earlier one of their flow
@@ -164,7 +165,7 @@ type homeProtocol struct {
 
 // NewEndpoint implements stack.NetworkProtocol.
 func (p homeProtocol) NewEndpoint(nic stack.NetworkInterface, d stack.TransportDispatcher) stack.NetworkEndpoint {
-	return p.NetworkProtocol.NewEndpoint(nic, homeDispatcher{d.(stack.TransportDispatcherWithDefaultHandlerResult), p.g})
+	return p.g.withShortWay(p.NetworkProtocol.NewEndpoint(nic, homeDispatcher{d.(stack.TransportDispatcherWithDefaultHandlerResult), p.g}))
 }
 
 type homeDispatcher struct {

@@ -118,240 +118,139 @@ func (s *Socket) handDatagrams(vnet *dispatch.VnetHeader, p *dispatch.Parsed, fr
 	}
 }
 
-// maxHops is how many neighbors a flow group keeps at hand; with one more it
-// forgets them all.
-const maxHops = 256
-
-// hop is a neighbor that datagrams to one or more hosts go to.
-type hop struct {
-	route  *stack.Route
-	mac    [6]byte
-	known  bool
-	asked  int64                            // the turn in which gVisor has said so
-	answer func(stack.ResolvedFieldsResult) // keeps mac; made once
-}
-
-type hopKey struct{ local, next netip.Addr }
-
-// hop returns the neighbor for datagrams from one of the stack's addresses to a
-// host, or nil when gVisor has to find out what to do with them.
-func (g *Group) hop(local, to netip.Addr) *hop {
-	switch {
-	case !g.set.mayBePeer(to), to.Is4() != local.Is4(), to.Zone() != "":
-		return nil
-	case g.set.onLink(to):
-	case to.IsLinkLocalUnicast():
-		return nil
-	default:
-		i := slices.IndexFunc(g.set.cfg.Gateways, func(gw netip.Addr) bool { return gw.Is4() == to.Is4() })
-		if i < 0 {
-			return nil
-		}
-		to = g.set.cfg.Gateways[i]
-	}
-	key := hopKey{local, to}
-	h := g.hops[key]
-	if h == nil {
-		r, err := g.stack.FindRoute(nicID, tcpipAddress(local), tcpipAddress(to), networkProtocol(to), false)
-		if err != nil {
-			return nil
-		}
-		if len(g.hops) == maxHops {
-			for _, other := range g.hops {
-				other.route.Release()
-			}
-			clear(g.hops)
-		}
-		h = &hop{route: r, asked: -1}
-		h.answer = func(r stack.ResolvedFieldsResult) { copy(h.mac[:], r.RouteInfo.RemoteLinkAddress) }
-		g.hops[key] = h
-	}
-	// gVisor is asked once per turn, as it would be for every packet: it then
-	// confirms, in time, that the neighbor is still there (RFC 4861 section 7.3).
-	if now := g.shard.turnBegan; h.asked != now {
-		h.asked = now
-		h.known = h.route.ResolvedFields(nil) == nil && h.route.ResolvedFields(h.answer) == nil
-	}
-	if !h.known {
-		return nil
-	}
-	return h
-}
-
-// datagramFrame is a frame of one or more datagrams of one flow, all of the size
-// of the first but the last, which may be shorter. The kernel, or the device it
-// hands the frame to, cuts it into the datagrams.
-type datagramFrame struct {
-	b     []byte // with the vnet header; its capacity is the frame's limit
-	from  *Socket
+// datagramFlow says whose datagrams a frame holds: all of the size of the first but the
+// last, which may be shorter. The kernel, or the device it hands the frame to, cuts it
+// into the datagrams.
+type datagramFlow struct {
+	from  *Socket // nil: none
 	to    netip.AddrPort
 	size  int // of the first datagram's payload, in bytes
 	count int
 }
 
 const (
-	// smallFrame is the size in bytes of the buffer for a frame with a single
-	// datagram; larger ones, and those with several, take the largest.
-	smallFrame   = 2048
-	largestFrame = dispatch.VnetHeaderLen + ethernetLen + gsoMaxSize
-
-	// maxLargeFrames is how many of the largest wait at most in one burst.
+	// maxLargeFrames is how many frames of the largest size, which those with several
+	// datagrams take, wait at most in one burst.
 	maxLargeFrames = 32
 
 	// maxDatagrams is how many datagrams a frame may have: UDP_MAX_SEGMENTS of
 	// linux/udp.h, which newer kernels have doubled.
 	maxDatagrams = 64
-)
 
-// frameSlots is the number of flows whose last frame of the burst is remembered; a
-// flow that shares its slot with another merely begins a new frame.
-const frameSlots = 256
+	// flowSlots is the number of flows whose last frame of the burst is remembered; a
+	// flow that shares its slot with another merely begins a new frame.
+	flowSlots = 256
+)
 
 // datagramFrames are the frames of datagrams of one burst. Owned by the shard's
 // thread.
 type datagramFrames struct {
-	last         [frameSlots]*datagramFrame // by flow: takes more datagrams
-	pending      bool                       // last is not empty
-	small, large []*datagramFrame           // free, last in, first out
-	largeMade    int
+	last      [flowSlots]*txFrame // by flow: takes more datagrams
+	pending   bool                // last is not empty
+	large     []*txFrame          // free, last in, first out
+	largeMade int
 }
 
-func frameSlot(s *Socket, to netip.AddrPort) int {
+func flowSlotOf(s *Socket, to netip.AddrPort) int {
 	a := to.Addr().As16()
 	x := binary.LittleEndian.Uint32(a[12:]) ^ uint32(to.Port())<<16 ^ uint32(s.local.Port())
 	return int(x * golden >> 24)
 }
 
-// add puts a datagram into the last frame of its flow, and returns false when
-// that has ended.
-func (f *datagramFrames) add(s *Socket, to netip.AddrPort, payload []byte) bool {
-	slot := &f.last[frameSlot(s, to)]
-	d := *slot
-	if d == nil || d.from != s || d.to != to {
-		return false
-	}
-	if len(payload) > d.size || len(payload) == 0 || d.count == maxDatagrams || len(d.b)+len(payload) > largestFrame {
-		*slot = nil
-		return false
-	}
-	if cap(d.b) < largestFrame {
-		large := f.takeLarge()
-		if large == nil {
-			*slot = nil
-			return false
-		}
-		large.b = append(large.b[:0], d.b...)
-		d.b, large.b = large.b, d.b[:0]
-		f.small = append(f.small, large) // the buffers have changed places
-	}
-	d.b = append(d.b, payload...)
-	d.count++
-	if len(payload) < d.size {
-		*slot = nil
-	}
-	return true
-}
-
-func (f *datagramFrames) takeLarge() *datagramFrame {
+func (f *datagramFrames) takeLarge() *txFrame {
 	if n := len(f.large); n > 0 {
-		d := f.large[n-1]
+		large := f.large[n-1]
 		f.large = f.large[:n-1]
-		return d
+		return large
 	}
 	if f.largeMade == maxLargeFrames {
 		return nil
 	}
 	f.largeMade++
-	return &datagramFrame{b: make([]byte, 0, largestFrame)}
+	return &txFrame{b: make([]byte, 0, largestFrame)}
 }
 
-func (f *datagramFrames) takeSmall() *datagramFrame {
-	if n := len(f.small); n > 0 {
-		d := f.small[n-1]
-		f.small = f.small[:n-1]
-		return d
+// join puts a datagram into the last frame of its flow, and returns false when that
+// has ended.
+func (t *txQueue) join(s *Socket, to netip.AddrPort, payload []byte) bool {
+	slot := &t.datagrams.last[flowSlotOf(s, to)]
+	f := *slot
+	if f == nil || f.flow.from != s || f.flow.to != to {
+		return false
 	}
-	return &datagramFrame{b: make([]byte, 0, smallFrame)}
+	if len(payload) > f.flow.size || len(payload) == 0 || f.flow.count == maxDatagrams || len(f.b)+len(payload) > largestFrame {
+		*slot = nil
+		return false
+	}
+	if cap(f.b) < largestFrame {
+		large := t.datagrams.takeLarge()
+		if large == nil {
+			*slot = nil
+			return false
+		}
+		f.b, large.b = append(large.b[:0], f.b...), f.b[:0]
+		t.free = append(t.free, large) // the two have changed their memory
+	}
+	f.b = append(f.b, payload...)
+	f.flow.count++
+	if len(payload) < f.flow.size {
+		*slot = nil
+	}
+	return true
 }
 
-// give takes a frame back that was written.
-func (f *datagramFrames) give(d *datagramFrame) {
-	d.from = nil
-	if cap(d.b) == largestFrame {
-		f.large = append(f.large, d)
-	} else {
-		f.small = append(f.small, d)
+// begin queues a frame of a datagram, which others of its flow may join.
+func (t *txQueue) begin(s *Socket, to netip.AddrPort, payload []byte, mac [6]byte) {
+	if len(t.frames) == txBurst {
+		t.flush()
 	}
-}
-
-// begin makes a frame of a datagram; nil when all large ones wait for the flush.
-func (f *datagramFrames) begin(s *Socket, to netip.AddrPort, payload []byte, mac [6]byte) *datagramFrame {
-	v6 := !to.Addr().Is4()
-	headers := dispatch.VnetHeaderLen + ethernetLen + networkHeaderLen(to.Addr()) + header.UDPMinimumSize
-	var d *datagramFrame
-	if headers+len(payload) <= smallFrame {
-		d = f.takeSmall()
-	} else if d = f.takeLarge(); d == nil {
-		return nil
+	f := t.take()
+	f.l4 = l3 + networkHeaderLen(to.Addr())
+	headers := f.l4 + header.UDPMinimumSize
+	if headers+len(payload) > smallFrame {
+		large := t.datagrams.takeLarge()
+		if large == nil { // all wait for the flush
+			t.flush()
+			large = t.datagrams.takeLarge()
+		}
+		f.b, large.b = large.b, f.b
+		t.give(large)
 	}
-	d.from, d.to, d.size, d.count = s, to, len(payload), 1
-	d.b = d.b[:headers]
-	frame := d.b[dispatch.VnetHeaderLen:]
-	copy(frame, mac[:])
-	copy(frame[6:], s.g.set.mac[:])
-	// What is 0 here, finish fills in, and else stays so.
-	ip := frame[ethernetLen:]
-	if v6 {
-		binary.BigEndian.PutUint16(frame[12:], uint16(header.IPv6ProtocolNumber))
-		header.IPv6(ip).Encode(&header.IPv6Fields{
-			TransportProtocol: header.UDPProtocolNumber,
-			HopLimit:          datagramTTL,
-			SrcAddr:           tcpipAddress(s.local.Addr()),
-			DstAddr:           tcpipAddress(to.Addr()),
-		})
-	} else {
-		binary.BigEndian.PutUint16(frame[12:], uint16(header.IPv4ProtocolNumber))
-		header.IPv4(ip).Encode(&header.IPv4Fields{
-			Flags:    header.IPv4FlagDontFragment, // and so needs no identification (RFC 6864 section 4.1)
-			TTL:      datagramTTL,
-			Protocol: protoUDP,
-			SrcAddr:  tcpipAddress(s.local.Addr()),
-			DstAddr:  tcpipAddress(to.Addr()),
-		})
+	f.flow = datagramFlow{from: s, to: to, size: len(payload), count: 1}
+	f.b = f.b[:headers]
+	local, remote := tcpipAddress(s.local.Addr()), tcpipAddress(to.Addr())
+	s.g.putHeaders(f.b, mac, local, remote, stack.NetworkHeaderParams{Protocol: header.UDPProtocolNumber, TTL: datagramTTL})
+	header.UDP(f.b[f.l4:]).Encode(&header.UDPFields{SrcPort: s.local.Port(), DstPort: to.Port()})
+	f.b = append(f.b, payload...)
+	if a := s.g.arrivals; a != nil {
+		f.via = a.queueOf(f.b[l3:], f.b[f.l4:], !to.Addr().Is4())
 	}
-	header.UDP(frame[len(frame)-header.UDPMinimumSize:]).Encode(&header.UDPFields{SrcPort: s.local.Port(), DstPort: to.Port()})
-	d.b = append(d.b, payload...)
-	return d
+	if t.offloads.UDP {
+		t.datagrams.last[flowSlotOf(s, to)] = f
+		t.datagrams.pending = true
+	}
+	t.frames = append(t.frames, f)
 }
 
 // datagramTTL is gVisor's default for IPv4 (ipv4.DefaultTTL) and for IPv6.
 const datagramTTL = 64
 
-// finish fills in what depends on the datagrams: lengths, checksums, and what is
-// left for the kernel to do. partial leaves the transport checksum to it.
-func (d *datagramFrame) finish(partial bool) {
-	v6 := !d.to.Addr().Is4()
-	frame := d.b[dispatch.VnetHeaderLen:]
-	ip := frame[ethernetLen:]
-	l4 := networkHeaderLen(d.to.Addr())
-	udp := header.UDP(ip[l4:])
+// finishDatagrams fills in what depends on the datagrams: lengths, checksums, and what
+// is left for the kernel to do. partial leaves the transport checksum to it.
+func (f *txFrame) finishDatagrams(partial bool) {
+	putLength(f.b[l3:], len(f.b)-l3)
+	udp := header.UDP(f.b[f.l4:])
 	length := uint16(len(udp))
-	if v6 {
-		header.IPv6(ip).SetPayloadLength(length)
-	} else {
-		header.IPv4(ip).SetTotalLength(uint16(len(ip)))
-		header.IPv4(ip).SetChecksum(^header.IPv4(ip).CalculateChecksum())
-	}
 	udp.SetLength(length)
-	sum := pseudoHeaderSum(ip, v6, length)
+	sum := pseudoHeaderSum(f.b[l3:], !f.flow.to.Addr().Is4(), length)
 	var vnet dispatch.VnetHeader
 	if partial {
 		udp.SetChecksum(sum)
 		vnet.Flags = dispatch.VnetNeedsCsum
-		vnet.CsumStart, vnet.CsumOffset = uint16(ethernetLen+l4), udpChecksumOffset
-		if d.count > 1 {
-			vnet.GSOType, vnet.GSOSize = dispatch.VnetGSOUDPL4, uint16(d.size)
-			vnet.HdrLen = uint16(ethernetLen + l4 + header.UDPMinimumSize)
+		vnet.CsumStart, vnet.CsumOffset = uint16(f.l4-dispatch.VnetHeaderLen), udpChecksumOffset
+		if f.flow.count > 1 {
+			vnet.GSOType, vnet.GSOSize = dispatch.VnetGSOUDPL4, uint16(f.flow.size)
+			vnet.HdrLen = uint16(f.l4 - dispatch.VnetHeaderLen + header.UDPMinimumSize)
 		}
 	} else {
 		sum = ^checksum.Checksum(udp, sum)
@@ -360,7 +259,7 @@ func (d *datagramFrame) finish(partial bool) {
 		}
 		udp.SetChecksum(sum)
 	}
-	vnet.Encode(d.b)
+	vnet.Encode(f.b)
 }
 
 // udpChecksumOffset is where the checksum stands in a UDP header (RFC 768).
@@ -370,7 +269,7 @@ const udpChecksumOffset = 6
 // and returns false when none takes it.
 func (s *Socket) sendAlong(b []byte, to netip.AddrPort) bool {
 	t := s.g.shard.tx
-	if s.closed || !t.datagrams.pending || !t.datagrams.add(s, to, b) {
+	if s.closed || !t.datagrams.pending || !t.join(s, to, b) {
 		return false
 	}
 	s.g.link.sent++
@@ -380,25 +279,34 @@ func (s *Socket) sendAlong(b []byte, to netip.AddrPort) bool {
 // sendFrame puts a datagram into a frame of its own on the transmit queue, and returns
 // false when it has to go through gVisor.
 func (s *Socket) sendFrame(b []byte, to netip.AddrPort) bool {
-	if s.closed {
+	next, direct := s.g.set.nextHop(s.local.Addr(), to.Addr())
+	if s.closed || !direct {
 		return false
 	}
-	h := s.g.hop(s.local.Addr(), to.Addr())
+	h := s.g.hop(tcpipAddress(s.local.Addr()), tcpipAddress(next))
 	if h == nil {
 		return false
 	}
-	t := s.g.shard.tx
-	d := t.datagrams.begin(s, to, b, h.mac)
-	if d == nil {
-		t.flush()
-		d = t.datagrams.begin(s, to, b, h.mac)
-	}
-	var via *dispatch.Queue
-	if a := s.g.arrivals; a != nil {
-		frame := d.b[dispatch.VnetHeaderLen:]
-		via = a.queueOf(frame[ethernetLen:], frame[len(frame)-len(b)-header.UDPMinimumSize:], !to.Addr().Is4())
-	}
-	t.pushDatagram(d, via)
+	s.g.shard.tx.begin(s, to, b, h.mac)
 	s.g.link.sent++
 	return true
+}
+
+// nextHop returns the neighbor that datagrams from one of the stack's addresses to a
+// host go to; false when it is no usual one, and gVisor has to find out.
+func (set *Set) nextHop(local, to netip.Addr) (netip.Addr, bool) {
+	switch {
+	case !set.mayBePeer(to), to.Is4() != local.Is4(), to.Zone() != "":
+		return netip.Addr{}, false
+	case set.onLink(to):
+		return to, true
+	case to.IsLinkLocalUnicast():
+		return netip.Addr{}, false
+	}
+	for _, gw := range set.cfg.Gateways {
+		if gw.Is4() == to.Is4() {
+			return gw, true
+		}
+	}
+	return netip.Addr{}, false
 }

@@ -406,14 +406,15 @@ func TestHops(t *testing.T) {
 		{addr6[1].String(), false}, // from an IPv4 address
 		{"fe80::1", false},
 	} {
-		if short := g.hop(addrA, netip.MustParseAddr(test.to)) != nil; short != test.short {
+		next, short := a.set.nextHop(addrA, netip.MustParseAddr(test.to))
+		if short = short && g.hop(tcpipAddress(addrA), tcpipAddress(next)) != nil; short != test.short {
 			t.Errorf("to %s: short way %t, want %t", test.to, short, test.short)
 		}
 	}
 	a.turn()
 	for i := range 2*maxHops + 1 {
-		g.hop(addrA, netip.AddrFrom4([4]byte{10, 1, 0, byte(3 + i%200)}))
-		g.hop(addr6[0], netip.AddrFrom16([16]byte{0: 0xfd, 1: 1, 14: byte(i >> 8), 15: byte(i)}))
+		g.hop(tcpipAddress(addrA), tcpipAddress(netip.AddrFrom4([4]byte{10, 1, 0, byte(3 + i%200)})))
+		g.hop(tcpipAddress(addr6[0]), tcpipAddress(netip.AddrFrom16([16]byte{0: 0xfd, 1: 1, 14: byte(i >> 8), 15: byte(i)})))
 	}
 	if len(g.hops) > maxHops {
 		t.Errorf("%d neighbors kept, want at most %d", len(g.hops), maxHops)
