@@ -217,7 +217,8 @@ func (c *Conn) receive(s *Shard) error {
 		case state == tcp.StateClose && c.eof:
 			// Both sides have said goodbye, unless the peer reset us after its own.
 			return cmp.Or(c.failure, errno(c.ep.LastError()), io.EOF)
-		case c.paused || c.eof:
+		case c.paused || c.eof,
+			state == tcp.StateEstablished && c.ep.RcvBufUsed == 0 && !c.ep.RcvClosed: // there is nothing to ask for
 			return nil
 		}
 		// Peeked, so that the handler runs with the endpoint unlocked and the
