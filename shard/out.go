@@ -3,6 +3,7 @@ package shard
 import (
 	"encoding/binary"
 	"fmt"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -149,13 +150,25 @@ func putLength(ip []byte, size int) {
 // forgets them all.
 const maxHops = 256
 
+// hopTime is for how long gVisor is not asked again for a neighbor that is known,
+// unless a neighbor has said something.
+const hopTime = int64(10 * time.Millisecond)
+
+// forgetHops has gVisor asked for all neighbors again.
+func (g *Group) forgetHops() {
+	for _, h := range g.hops {
+		h.known = false
+		h.asked = -1
+	}
+}
+
 // hop is a neighbor that frames to one or more hosts go to.
 type hop struct {
 	key    hopKey
 	route  *stack.Route
 	mac    [6]byte
 	known  bool
-	asked  int64                            // the turn in which gVisor has said so
+	asked  int64                            // when gVisor has said so
 	answer func(stack.ResolvedFieldsResult) // keeps mac; made once
 }
 
@@ -173,9 +186,9 @@ func (g *Group) hop(local, next tcpip.Address) *hop {
 		}
 		g.lastHop = h
 	}
-	// gVisor is asked once per turn, as it would be for every packet: it then
-	// confirms, in time, that the neighbor is still there (RFC 4861 section 7.3).
-	if now := g.shard.turnBegan; h.asked != now {
+	// gVisor wants to be asked for every packet: then it confirms, in time, that the
+	// neighbor is still there (RFC 4861 section 7.3). Its times are seconds.
+	if now := g.shard.turnBegan; now-h.asked >= hopTime || !h.known && now > h.asked {
 		h.asked = now
 		h.known = h.route.ResolvedFields(nil) == nil && h.route.ResolvedFields(h.answer) == nil
 	}

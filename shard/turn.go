@@ -192,6 +192,7 @@ func (s *Shard) deliver(g *Group, h *handover) {
 		g.deliver(&h.vnet, &h.parsed, h.frame, h.view, h.offset)
 	}
 	if h.parsed.Class == dispatch.ClassNeighbor {
+		g.forgetHops()
 		g.clock.fireAtOnce() // what waited for the neighbor leaves before what follows
 	}
 }

@@ -5,10 +5,12 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"slices"
 	"testing"
 
+	"github.com/google/gopacket/layers"
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -418,6 +420,44 @@ func TestHops(t *testing.T) {
 	}
 	if len(g.hops) > maxHops {
 		t.Errorf("%d neighbors kept, want at most %d", len(g.hops), maxHops)
+	}
+}
+
+// TestHopMoves: a neighbor that says it has another address is found there at once.
+func TestHopMoves(t *testing.T) {
+	a, b := steppedPair(t)
+	s := portAt(t, a.groups[1], netip.AddrPortFrom(addrA, 0))
+	to := netip.AddrPortFrom(addrB, 9)
+	send := func() (mac string) {
+		t.Helper()
+		if _, err := s.WriteTo([]byte("x"), to); err != nil {
+			t.Fatal(err)
+		}
+		a.turn()
+		for _, f := range wire(t, a) {
+			mac = net.HardwareAddr(f[dispatch.VnetHeaderLen:][:6]).String()
+		}
+		return mac
+	}
+	if _, err := s.WriteTo([]byte("x"), to); err != nil { // resolves the neighbor
+		t.Fatal(err)
+	}
+	settle(t, a, b)
+	if mac, want := send(), b.set.cfg.MAC.String(); mac != want {
+		t.Fatalf("sent to %s, want %s", mac, want)
+	}
+	moved := net.HardwareAddr{2, 0, 0, 0, 0, 77}
+	inject(t, a, dispatch.VnetHeader{}, &layers.Ethernet{
+		SrcMAC: moved, DstMAC: layers.EthernetBroadcast, EthernetType: layers.EthernetTypeARP,
+	}, &layers.ARP{
+		AddrType: layers.LinkTypeEthernet, Protocol: layers.EthernetTypeIPv4, HwAddressSize: 6, ProtAddressSize: 4,
+		Operation: layers.ARPRequest, SourceHwAddress: moved, SourceProtAddress: addrB.AsSlice(),
+		DstHwAddress: make([]byte, 6), DstProtAddress: addrA.AsSlice(),
+	})
+	a.turn()
+	wire(t, a)
+	if mac := send(); mac != moved.String() {
+		t.Errorf("sent to %s, want %s", mac, moved)
 	}
 }
 
