@@ -9,12 +9,16 @@ import (
 // deadline is a point in time that may be moved while goroutines wait for it.
 // When it comes, and when it is moved into the past, its hint is given. Any
 // goroutine may call its methods.
+//
+// A server moves its deadlines with every request, always further away. The timer
+// stays where it is then, and looks when it fires how far that is.
 type deadline struct {
 	hint  *hint
 	isOut atomic.Bool // the time has come
 
 	mu    sync.Mutex
 	at    time.Time   // guarded by mu; zero: never
+	armed time.Time   // guarded by mu; when the timer fires; zero: it does not
 	timer *time.Timer // guarded by mu; made when first needed
 }
 
@@ -25,30 +29,41 @@ func (d *deadline) set(t time.Time) {
 	d.at = t
 	if t.IsZero() {
 		d.isOut.Store(false)
-		if d.timer != nil {
-			d.timer.Stop()
-		}
 		return
 	}
 	wait := time.Until(t) //nolint:forbidigo // the application's time, not the turn's
-	switch {
-	case wait <= 0:
+	if wait <= 0 {
 		d.pass()
-	case d.timer == nil:
-		d.isOut.Store(false)
+		return
+	}
+	d.isOut.Store(false)
+	if d.armed.IsZero() || t.Before(d.armed) {
+		d.arm(wait)
+	}
+}
+
+// arm makes the timer fire after wait, when the deadline comes.
+func (d *deadline) arm(wait time.Duration) {
+	d.armed = d.at
+	if d.timer == nil {
 		d.timer = time.AfterFunc(wait, d.fire)
-	default:
-		d.isOut.Store(false)
+	} else {
 		d.timer.Reset(wait)
 	}
 }
 
-// fire is the timer's function. The deadline may have been moved after it
-// began, so it looks at the clock.
+// fire is the timer's function. The deadline may have been moved since it was
+// armed, so it looks at the clock.
 func (d *deadline) fire() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if !d.at.IsZero() && time.Until(d.at) <= 0 { //nolint:forbidigo // as in set
+	d.armed = time.Time{}
+	if d.at.IsZero() {
+		return
+	}
+	if wait := time.Until(d.at); wait > 0 { //nolint:forbidigo // as in set
+		d.arm(wait)
+	} else {
 		d.pass()
 	}
 }
@@ -62,7 +77,7 @@ func (d *deadline) pass() {
 func (d *deadline) stop() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.at = time.Time{}
+	d.at, d.armed = time.Time{}, time.Time{}
 	if d.timer != nil {
 		d.timer.Stop()
 	}
