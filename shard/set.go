@@ -48,7 +48,7 @@ type Config struct {
 	QueueLen                  int               // frames that the kernel holds per queue at most
 	Addrs                     []netip.Prefix    // the stack's addresses
 	Gateways                  []netip.Addr      // default routes; may be empty
-	Spin                      time.Duration     // how long an idle shard looks for work before it blocks
+	Spin                      time.Duration     // how long an idle shard looks for work before it blocks at most
 	Congestion                string            // gVisor's name of the congestion control; empty: reno
 	SendBuffer, ReceiveBuffer int               // bytes per TCP connection to start with
 
@@ -173,8 +173,8 @@ func (set *Set) newShard(id int, queue *dispatch.Queue) (*Shard, error) {
 	s := &Shard{
 		id: id, cpu: cpu, node: place.Node, memory: set.cfg.Topology.MemoryNode(place.Node),
 		set: set, queue: queue, eventFD: fd,
-		spin:  int64(set.cfg.Spin),
-		inbox: make([]*dispatch.Ring[handover], n), popped: make([]uint64, n),
+		moderation: newModeration(set.cfg.Spin),
+		inbox:      make([]*dispatch.Ring[handover], n), popped: make([]uint64, n),
 		owns: make([]bool, len(set.groups)), awaited: make([]*awaitedGroup, len(set.groups)),
 		readClock: func() int64 {
 			return int64(time.Since(set.start)) //nolint:forbidigo // this is where the turn's time stamp comes from

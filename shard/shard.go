@@ -24,7 +24,6 @@ type Shard struct {
 	queue         *dispatch.Queue
 	inbox         []*dispatch.Ring[handover] // by sending shard; nil for itself
 	eventFD       int
-	spin          int64               // nanoseconds
 	pool          *numaalloc.NodePool // of its node
 
 	// Any thread.
@@ -39,7 +38,8 @@ type Shard struct {
 	now          int64        // what it returned
 	turnBegan    int64        // what it was then; now moves on
 	lastWork     int64        // now of the last turn that did work
-	earliest     int64        // no timer of its groups is due before
+	moderation   moderation
+	earliest     int64 // no timer of its groups is due before
 	groups       []*Group
 	owns         []bool          // by group: it is here
 	awaited      []*awaitedGroup // by group: what is kept for one on its way here
@@ -274,6 +274,7 @@ func (s *Shard) count() Counters {
 		c.MemoryNode, c.BytesBound, c.BindFallbacks = s.arena.Node(), uint64(a.BoundBytes), uint64(a.Fallbacks)
 	}
 	c.Stages = s.stages.counters()
+	c.Spin = uint64(s.moderation.now)
 	c.Buffers = uint64(s.rx.made)
 	c.BuffersLent = uint64(len(s.rx.lent))
 	for _, g := range s.groups {

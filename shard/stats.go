@@ -45,6 +45,8 @@ type Counters struct {
 	Busy        uint64 `json:"busy_ns"`      // time in turns that did work
 	Turns       uint64 `json:"turns"`        // passes of the loop that did work
 	Wakes       uint64 `json:"wakes"`        // returns from a blocking wait
+	Spun        uint64 `json:"spun_ns"`      // time in which the shard has looked for work in vain, before those
+	Spin        uint64 `json:"spin_ns"`      // for how long it does so now
 	TimersFired uint64 `json:"timers_fired"` // netstack timers run
 	Astray      uint64 `json:"astray"`       // turns, of one in 16 that is looked at, that another CPU ran: the shard's is offline, or somebody has changed its thread's affinity
 

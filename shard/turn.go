@@ -31,7 +31,7 @@ func (s *Shard) loop() {
 			s.lastWork = s.now
 			continue
 		}
-		if s.now-s.lastWork >= s.spin {
+		if s.now-s.lastWork >= s.moderation.now {
 			s.wait()
 		}
 	}
@@ -376,6 +376,8 @@ func (s *Shard) wait() {
 	}
 	s.now = max(s.readClock(), s.now)
 	s.stages.add(stageWait, s.now-began)
+	s.counters.Spun += uint64(began - s.lastWork)
+	s.moderation.waited(s.now - s.lastWork)
 	s.lastWork = s.now
 }
 

@@ -15,7 +15,7 @@ import (
 const (
 	DefaultDevice    = "numa0"
 	DefaultMTU       = 1500
-	DefaultSpin      = 50 * time.Microsecond
+	DefaultSpin      = 100 * time.Microsecond
 	DefaultBacklog   = 1024
 	DefaultMaxConns  = 1 << 20
 	DefaultRxBuffers = 512
@@ -255,9 +255,9 @@ type Config struct {
 	// HashTypes says which headers the hash looks at. Default HashAll.
 	HashTypes HashTypes
 
-	// Spin is how long a shard without work looks for more before it blocks,
-	// up to 1 s. More costs CPU time and shortens latency. Default 50 µs;
-	// negative: block at once.
+	// Spin is how long a shard without work looks for more before it blocks at
+	// most, up to 1 s. It does so only while work comes that soon; then more costs
+	// CPU time and shortens latency. Default 100 µs; negative: block at once.
 	Spin time.Duration
 
 	// Backlog is how many connections per listener and flow group may wait for

@@ -63,7 +63,7 @@ func Flags(fs *flag.FlagSet) *Options {
 	})
 	fs.Func("hash-key", "hash key as 80 `hex` digits (default random)", o.setHashKey)
 	fs.BoolVar(&o.cfg.SymmetricHash, "symmetric", false, "draw a hash key by which both directions of a flow have one hash")
-	fs.DurationVar(&o.cfg.Spin, "spin", o.cfg.Spin, "`time` an idle shard looks for work before it blocks, up to 1s; negative: none")
+	fs.DurationVar(&o.cfg.Spin, "spin", o.cfg.Spin, "longest `time` an idle shard looks for work before it blocks, while work comes that soon; up to 1s; negative: none")
 	fs.TextVar(&o.cfg.Offload, "offload", stack.OffloadAuto, "`whether` frames may exceed the MTU (GSO) and leave checksums to the other side: auto or off")
 	fs.TextVar(&o.cfg.CongestionControl, "congestion", stack.CongestionReno, "congestion `control` of TCP: reno or cubic")
 	fs.StringVar(&o.statsJSON, "stats-json", "", "write the counters as JSON to `file` at exit")
