@@ -360,9 +360,9 @@ func TestPeersThatMisbehave(t *testing.T) {
 		buffer = 64 << 10
 		// Small segments take several times the room of their payload, and an
 		// endpoint may go over its limit by one frame. A goroutine's connection
-		// has two rings of its own for 256 KiB each, and the first and the last
+		// has two rings of its own for 512 KiB each, and the first and the last
 		// of a ring's blocks of 64 KiB may hold a byte of them.
-		each = 8*buffer + 2*(256+2*64)<<10
+		each = 8*buffer + 2*(512+2*64)<<10
 		// Receive buffers and pools stay with the stack.
 		rest = 24 << 20
 	)

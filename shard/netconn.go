@@ -16,7 +16,7 @@ import (
 )
 
 // netRing is how many bytes wait in each of a NetConn's two rings at most.
-const netRing = 256 << 10
+const netRing = 512 << 10
 
 // lendLimit is the size in bytes from which on the pieces of a ring are handed over
 // without a copy. A small one is copied: its memory is in the cache, and is used

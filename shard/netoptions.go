@@ -114,7 +114,7 @@ func wholeSeconds(d time.Duration) time.Duration {
 
 // SetReadBuffer sets how many received bytes wait for Read: so many in the
 // endpoint's receive buffer, overhead included, which is also what the window
-// tells the peer, and up to 256 KiB more in the ring to the reader. The
+// tells the peer, and up to 512 KiB more in the ring to the reader. The
 // receive buffer stays at that size then instead of growing with the distance.
 // 4 KiB to 4 MiB, or to the stack's receive buffer if that is larger; other
 // values are taken to the nearer end.
@@ -130,7 +130,7 @@ func (n *NetConn) SetReadBuffer(bytes int) error {
 }
 
 // SetWriteBuffer sets how many bytes Write takes before the peer has
-// acknowledged any: so many in the endpoint's send buffer, and up to 256 KiB
+// acknowledged any: so many in the endpoint's send buffer, and up to 512 KiB
 // more in the ring to the shard. The limits are those of SetReadBuffer.
 func (n *NetConn) SetWriteBuffer(bytes int) error {
 	if bytes <= 0 {
