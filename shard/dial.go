@@ -58,7 +58,7 @@ func (set *Set) Dial(local, remote netip.AddrPort, h Handler, context any) (*Con
 		return nil, syscall.ENETUNREACH
 	case local.Addr().Is4() != remote.Addr().Is4():
 		return nil, syscall.EINVAL
-	case !slices.ContainsFunc(set.cfg.Addrs, func(p netip.Prefix) bool { return p.Addr() == local.Addr() }):
+	case !set.isOurs(local.Addr()):
 		return nil, syscall.EADDRNOTAVAIL
 	case local.Port() != 0:
 		id := set.groupOf(protoTCP, local, remote)

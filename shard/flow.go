@@ -89,8 +89,18 @@ func (g *Group) flowOf(p *dispatch.Parsed, frame []byte) *Conn {
 	return c
 }
 
-// deliverSegment queues the segment of a frame on its connection.
-func (g *Group) deliverSegment(c *Conn, p *dispatch.Parsed, frame []byte, pkt *stack.PacketBuffer) {
+// needsNoIP reports whether a frame has a segment that IP would just hand on: of no
+// open connection, but unfragmented, from a host, to one of the stack's addresses.
+func (g *Group) needsNoIP(p *dispatch.Parsed, frame []byte) bool {
+	if p.Proto != uint8(header.TCPProtocolNumber) || p.Payload == 0 {
+		return false
+	}
+	src, dst, usual := usualAddresses(p, frame)
+	return usual && g.set.isOurs(dst) && g.set.mayBePeer(src)
+}
+
+// consumeHeaders makes a packet with a segment what IP would have made of it.
+func (g *Group) consumeHeaders(p *dispatch.Parsed, pkt *stack.PacketBuffer) bool {
 	pkt.NICID = nicID
 	pkt.NetworkProtocolNumber = header.IPv4ProtocolNumber
 	if p.IPv6 {
@@ -100,7 +110,12 @@ func (g *Group) deliverSegment(c *Conn, p *dispatch.Parsed, frame []byte, pkt *s
 	pkt.RXChecksumValidated = g.link.vouched
 	_, okNetwork := pkt.NetworkHeader().Consume(int(p.L4 - p.L3))
 	_, okTransport := pkt.TransportHeader().Consume(int(p.Payload - p.L4))
-	if !okNetwork || !okTransport || !g.tcp.receive(c.ep, c.flow.id, pkt) {
+	return okNetwork && okTransport
+}
+
+// deliverSegment queues the segment of a frame on its connection.
+func (g *Group) deliverSegment(c *Conn, p *dispatch.Parsed, frame []byte, pkt *stack.PacketBuffer) {
+	if !g.consumeHeaders(p, pkt) || !g.tcp.receive(c.ep, c.flow.id, pkt) {
 		return
 	}
 	f := &c.flow

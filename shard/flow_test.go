@@ -11,9 +11,29 @@ import (
 
 	"github.com/google/gopacket"
 	"github.com/google/gopacket/layers"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"numastack/dispatch"
 )
+
+// countingTransport counts the packets that reach the netstack above IP.
+type countingTransport struct {
+	stack.TransportDispatcher
+	packets int
+}
+
+func (c *countingTransport) DeliverTransportPacket(proto tcpip.TransportProtocolNumber, pkt *stack.PacketBuffer) stack.TransportPacketDisposition {
+	c.packets++
+	return c.TransportDispatcher.DeliverTransportPacket(proto, pkt)
+}
+
+// countTransport counts those of a flow group from now on.
+func countTransport(g *Group) *countingTransport {
+	c := &countingTransport{TransportDispatcher: g.transport}
+	g.transport = c
+	return c
+}
 
 // TestShortWay: a request and its answer are two frames, and the netstack's IP
 // layer sees neither.
@@ -36,6 +56,7 @@ func TestShortWay(t *testing.T) {
 			}
 			exchange()
 			packets, before := g.stack.Stats().IP.PacketsReceived.Value(), b.count()
+			above := countTransport(g)
 			const rounds = 10
 			for range rounds {
 				exchange()
@@ -50,7 +71,7 @@ func TestShortWay(t *testing.T) {
 			if n := after.AcksSuperseded - before.AcksSuperseded; n != rounds {
 				t.Errorf("%d superseded ACKs counted for %d answers", n, rounds)
 			}
-			if n := g.stack.Stats().IP.PacketsReceived.Value() - packets; n != 0 {
+			if n := g.stack.Stats().IP.PacketsReceived.Value() - packets + uint64(above.packets); n != 0 {
 				t.Errorf("%d of %d packets took the netstack's way", n, rounds)
 			}
 			if g.frames < rounds {
@@ -60,6 +81,65 @@ func TestShortWay(t *testing.T) {
 			settle(t, a, b)
 			if n := len(g.flows) + len(client.g.flows); n != 0 {
 				t.Errorf("%d flows left after both ends closed", n)
+			}
+		})
+	}
+}
+
+// TestStrangersNeedNoIP: the segments of a handshake go past IP as well, unless there is
+// something that IP has to judge.
+func TestStrangersNeedNoIP(t *testing.T) {
+	self4, self6 := addrB.String(), addr6[1].String()
+	for _, test := range []struct {
+		name, from, to string
+		change         func(ip4 *layers.IPv4, ip6 *layers.IPv6)
+		past           bool
+	}{
+		{"IPv4", addrA.String(), self4, nil, true},
+		{"IPv6", addr6[0].String(), self6, nil, true},
+		{"from beyond the link", "192.0.2.1", self4, nil, true},
+		{"to another host", addrA.String(), "10.1.0.7", nil, false},
+		{"to all", addrA.String(), "10.1.0.255", nil, false},
+		{"to a multicast group", addrA.String(), "224.0.0.1", nil, false},
+		{"from a multicast group", "224.0.0.1", self4, nil, false},
+		{"from all", "10.1.0.255", self4, nil, false},
+		{"from ourselves", self4, self4, nil, false},
+		{"from IPv6's ourselves", self6, self6, nil, false},
+		{"with options", addrA.String(), self4, func(ip4 *layers.IPv4, _ *layers.IPv6) {
+			ip4.Options = []layers.IPv4Option{{OptionType: 1}, {OptionType: 1}, {OptionType: 1}, {OptionType: 0}}
+		}, false},
+		{"a fragment", addrA.String(), self4, func(ip4 *layers.IPv4, _ *layers.IPv6) { ip4.Flags = layers.IPv4MoreFragments }, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			_, b := steppedPair(t)
+			listenStepped(t, b, 7, &testHandler{})
+			var above []*countingTransport
+			for _, g := range b.groups {
+				above = append(above, countTransport(g))
+			}
+			from, to := netip.MustParseAddr(test.from), netip.MustParseAddr(test.to)
+			eth := ethernetTo(b)
+			ip4 := &layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolTCP, SrcIP: from.AsSlice(), DstIP: to.AsSlice()}
+			ip6 := &layers.IPv6{Version: 6, HopLimit: 64, NextHeader: layers.IPProtocolTCP, SrcIP: from.AsSlice(), DstIP: to.AsSlice()}
+			if test.change != nil {
+				test.change(ip4, ip6)
+			}
+			tcp := &layers.TCP{SrcPort: 1000, DstPort: 7, SYN: true, Window: 1000}
+			var network gopacket.SerializableLayer = ip4
+			if to.Is6() {
+				eth.EthernetType, network = layers.EthernetTypeIPv6, ip6
+			}
+			if err := tcp.SetNetworkLayerForChecksum(network.(gopacket.NetworkLayer)); err != nil {
+				t.Fatal(err)
+			}
+			inject(t, b, dispatch.VnetHeader{}, eth, network, tcp)
+			settle(t, b)
+			past := 0
+			for _, c := range above {
+				past += c.packets
+			}
+			if (past == 1) != test.past {
+				t.Errorf("%d packets went past IP, want that it does: %t", past, test.past)
 			}
 		})
 	}
@@ -420,10 +500,11 @@ func TestSegmentsOffTheShortWay(t *testing.T) {
 	}
 	r.receive()
 	packets = ip.PacketsReceived.Value()
+	above := countTransport(r.conn.g)
 	r.data(payload)
 	settle(t, b)
-	if n := ip.PacketsReceived.Value() - packets; r.got != payload+payload+payload || n != 1 {
-		t.Errorf("after CloseWrite: received %q; %d packets went through IP", r.got, n)
+	if n := ip.PacketsReceived.Value() - packets; r.got != payload+payload+payload || n != 0 || above.packets != 1 {
+		t.Errorf("after CloseWrite: received %q; %d packets went through IP, %d to the netstack above", r.got, n, above.packets)
 	}
 
 	// A reset ends the connection also on the short way.

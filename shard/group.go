@@ -49,6 +49,7 @@ type Group struct {
 	listeners  map[*listenerPart]struct{}
 	sockets    map[tcpip.Endpoint]*Socket
 	ports      map[netip.AddrPort]*Socket // by local address: those that share it with no other
+	transport  stack.TransportDispatcher  // the netstack above IP
 	hops       map[hopKey]*hop
 	lastHop    *hop
 	frames     uint64 // delivered
@@ -165,6 +166,7 @@ type homeProtocol struct {
 
 // NewEndpoint implements stack.NetworkProtocol.
 func (p homeProtocol) NewEndpoint(nic stack.NetworkInterface, d stack.TransportDispatcher) stack.NetworkEndpoint {
+	p.g.transport = d
 	return p.g.withShortWay(p.NetworkProtocol.NewEndpoint(nic, homeDispatcher{d.(stack.TransportDispatcherWithDefaultHandlerResult), p.g}))
 }
 
@@ -234,9 +236,14 @@ func (g *Group) deliver(vnet *dispatch.VnetHeader, p *dispatch.Parsed, frame []b
 	}
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: packet})
 	g.link.vouched = vnet.Flags&(dispatch.VnetNeedsCsum|dispatch.VnetDataValid) != 0
-	if c := g.flowOf(p, frame); c != nil {
+	switch c := g.flowOf(p, frame); {
+	case c != nil:
 		g.deliverSegment(c, p, frame, pkt)
-	} else {
+	case g.needsNoIP(p, frame):
+		if g.consumeHeaders(p, pkt) {
+			g.transport.DeliverTransportPacket(header.TCPProtocolNumber, pkt)
+		}
+	default:
 		g.link.dispatcher.DeliverNetworkPacket(protocolOf(frame), pkt)
 	}
 	pkt.DecRef()

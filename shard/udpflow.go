@@ -25,18 +25,9 @@ func (g *Group) socketOf(vnet *dispatch.VnetHeader, p *dispatch.Parsed, frame []
 	if p.Proto != protoUDP || p.Payload == 0 || len(g.ports) == 0 {
 		return nil, none
 	}
-	var src, dst netip.Addr
-	packet := frame[p.L3:p.Length]
-	if p.IPv6 {
-		if p.L4 != p.L3+header.IPv6MinimumSize {
-			return nil, none
-		}
-		src, dst = netip.AddrFrom16([16]byte(packet[8:])), netip.AddrFrom16([16]byte(packet[24:]))
-	} else {
-		if p.L4 != p.L3+header.IPv4MinimumSize || !header.IPv4(packet).IsChecksumValid() {
-			return nil, none
-		}
-		src, dst = netip.AddrFrom4([4]byte(packet[12:])), netip.AddrFrom4([4]byte(packet[16:]))
+	src, dst, usual := usualAddresses(p, frame)
+	if !usual {
+		return nil, none
 	}
 	udp := frame[p.L4:]
 	from := netip.AddrPortFrom(src, binary.BigEndian.Uint16(udp))
@@ -50,6 +41,22 @@ func (g *Group) socketOf(vnet *dispatch.VnetHeader, p *dispatch.Parsed, frame []
 		return nil, none
 	}
 	return s, from
+}
+
+// usualAddresses returns where a packet comes from and goes to; false if its IP header
+// has options or is not valid.
+func usualAddresses(p *dispatch.Parsed, frame []byte) (src, dst netip.Addr, usual bool) {
+	packet := frame[p.L3:p.Length]
+	if p.IPv6 {
+		return netip.AddrFrom16([16]byte(packet[8:])), netip.AddrFrom16([16]byte(packet[24:])), p.L4 == p.L3+header.IPv6MinimumSize
+	}
+	return netip.AddrFrom4([4]byte(packet[12:])), netip.AddrFrom4([4]byte(packet[16:])),
+		p.L4 == p.L3+header.IPv4MinimumSize && header.IPv4(packet).IsChecksumValid()
+}
+
+// isOurs reports whether an address is one of the stack's.
+func (set *Set) isOurs(a netip.Addr) bool {
+	return slices.ContainsFunc(set.cfg.Addrs, func(p netip.Prefix) bool { return p.Addr() == a })
 }
 
 // mayBePeer reports whether packets may come from an address, and go to it as to
