@@ -2,6 +2,7 @@ package integration
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -69,6 +70,9 @@ func ping(to netip.Addr, seq uint16, content []byte) error {
 	}
 	buf := make([]byte, 65_536)
 	n, err := unix.Read(fd, buf)
+	for errors.Is(err, unix.EINTR) { // a call with a time limit is not begun again by itself (signal(7))
+		n, err = unix.Read(fd, buf)
+	}
 	switch {
 	case err != nil:
 		return fmt.Errorf("no answer: %w", err)

@@ -144,9 +144,11 @@ const (
 	// linux/udp.h, which newer kernels have doubled.
 	maxDatagrams = 64
 
-	// flowSlots is the number of flows whose last frame of the burst is remembered; a
-	// flow that shares its slot with another merely begins a new frame.
+	// flowSlots is the number of flows whose last frame of the burst is remembered, in
+	// sets of flowWays: a flow that takes the place of another merely makes that one
+	// begin a new frame.
 	flowSlots = 256
+	flowWays  = 4
 )
 
 // datagramFrames are the frames of datagrams of one burst. Owned by the shard's
@@ -158,10 +160,21 @@ type datagramFrames struct {
 	largeMade int
 }
 
-func flowSlotOf(s *Socket, to netip.AddrPort) int {
+// slot returns where the last frame of a flow is, or may be.
+func (f *datagramFrames) slot(s *Socket, to netip.AddrPort) **txFrame {
 	a := to.Addr().As16()
 	x := binary.LittleEndian.Uint32(a[12:]) ^ uint32(to.Port())<<16 ^ uint32(s.local.Port())
-	return int(x * golden >> 24)
+	set := f.last[x*golden>>26*flowWays:][:flowWays]
+	place := &set[0]
+	for i := range set {
+		switch last := set[i]; {
+		case last == nil:
+			place = &set[i]
+		case last.flow.from == s && last.flow.to == to:
+			return &set[i]
+		}
+	}
+	return place
 }
 
 func (f *datagramFrames) takeLarge() *txFrame {
@@ -180,7 +193,7 @@ func (f *datagramFrames) takeLarge() *txFrame {
 // join puts a datagram into the last frame of its flow, and returns false when that
 // has ended.
 func (t *txQueue) join(s *Socket, to netip.AddrPort, payload []byte) bool {
-	slot := &t.datagrams.last[flowSlotOf(s, to)]
+	slot := t.datagrams.slot(s, to)
 	f := *slot
 	if f == nil || f.flow.from != s || f.flow.to != to {
 		return false
@@ -233,7 +246,7 @@ func (t *txQueue) begin(s *Socket, to netip.AddrPort, payload []byte, mac [6]byt
 		f.via = a.queueOf(f.b[l3:], f.b[f.l4:], !to.Addr().Is4())
 	}
 	if t.offloads.UDP {
-		t.datagrams.last[flowSlotOf(s, to)] = f
+		*t.datagrams.slot(s, to) = f
 		t.datagrams.pending = true
 	}
 	t.frames = append(t.frames, f)
