@@ -10,10 +10,13 @@ import (
 	"numastack/dispatch"
 )
 
-// rxBudget is how many frames a turn reads at most. Sixteen 64 KB frames fill
-// a core's second-level cache; with more the buffers go cold before the
-// application has read them.
-const rxBudget = 16
+// A turn reads so many frames at most, and no more once they have so many bytes:
+// large ones leave a core's second-level cache before the application has read
+// them, and make the peer wait for its acknowledgement.
+const (
+	rxBudget      = 32
+	rxBudgetBytes = 512 << 10
+)
 
 // loop is the life of a shard: turns, and a wait when they find no work.
 func (s *Shard) loop() {
@@ -84,7 +87,7 @@ func (s *Shard) read() (frames int) {
 		return 0
 	}
 	emptied := false
-	for frames < rxBudget {
+	for bytes := 0; frames < rxBudget && bytes < rxBudgetBytes; {
 		buf := s.rx.take()
 		s.enter(stageRead)
 		n, errno := s.queue.Read(buf.bytes)
@@ -99,6 +102,7 @@ func (s *Shard) read() (frames int) {
 			break
 		}
 		frames++
+		bytes += n
 		if n > dispatch.VnetHeaderLen {
 			s.counters.RxFrames++
 			s.counters.RxBytes += uint64(n - dispatch.VnetHeaderLen)
