@@ -86,7 +86,7 @@ bench-check: setup ## fail when a ratio to gVisor is under half of that in bench
 # do in the rows PGO_BENCH are samples of the others.
 PGO_ECHO  := bulk_in_1 bulk_in_8 bulk_out_1 bulk_out_8 pingpong_64 short
 PGO_HTTPD := http_shard http_net
-PGO_BENCH := net_in_1 net_out_1 net_pingpong_64
+PGO_BENCH := net_in_1 net_out_1 net_pingpong_64 udp_in_64 udp_in_gso udp_out_64 udp_out_gso
 pgo: setup ## profile the programs under load, for the compiler (default.pgo)
 	dir=$$(mktemp -d); \
 	trap 'rm -rf "$$dir"' EXIT; \

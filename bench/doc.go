@@ -31,7 +31,8 @@
 // # Rows
 //
 //	bulk_in_1, bulk_in_8     client to the server's discard port, bytes acknowledged, Gbit/s
-//	bulk_out_1, bulk_out_8   the server's chargen port to the client, bytes read, Gbit/s
+//	bulk_out_1, bulk_out_8   the server's chargen port to the client, bytes read, Gbit/s;
+//	                         numastack's sends a block, without a copy
 //	pingpong_1               64-byte echo, one connection, median round trip in µs; numastack
 //	                         spins for up to a second before it sleeps, the client always
 //	                         sleeps
@@ -49,6 +50,8 @@
 // And unless -quick is given, or with it by name:
 //
 //	bulk_*_32, bulk_*_128    as bulk_in_1 and bulk_out_1, with more streams
+//	bulk_out_*_copy          as bulk_out_1, 8 and 128, but numastack's chargen copies what it
+//	                         sends, like one that has just made it
 //	bulk_*_mtu9000, bulk_*_mtu65521
 //	                         with 1 and 8 streams and another MTU
 //	pingpong_1_sleep         as pingpong_1, but numastack sleeps whenever it has no frame
@@ -65,6 +68,7 @@
 //	                         bursts so that up to 768 KiB or 1024 datagrams are on their way.
 //	                         The kernel's server uses UDP_SEGMENT and UDP_GRO, the others
 //	                         send and receive datagram by datagram
+//	                         (numastack's stack puts those together that leave at once)
 //	shards_1, shards_2, shards_4
 //	                         pingpong_64 with so many shards of numastack, all on the server's
 //	                         CPU and without spinning, which would take the CPU from each

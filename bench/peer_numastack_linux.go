@@ -93,6 +93,9 @@ func serveDoor(ctx context.Context, s *stack.Stack, d door, ready func()) error 
 	switch d {
 	case doorEvents:
 		if _, err = s.HandleTCP("tcp4", address, echoEvents{}); err == nil {
+			_, err = s.HandleTCP("tcp4", net.JoinHostPort("", strconv.Itoa(portChargen)), copyingChargen{})
+		}
+		if err == nil {
 			err = handleDatagrams(s)
 		}
 	case doorShard:
@@ -134,6 +137,33 @@ func (echoEvents) Writable(*stack.Conn) {}
 
 // Close implements stack.Handler.
 func (echoEvents) Close(*stack.Conn, error) {}
+
+// copyingChargen sends until the peer is gone, with Write.
+type copyingChargen struct{}
+
+var _ stack.HalfCloser = copyingChargen{}
+
+// Open implements stack.Handler.
+func (h copyingChargen) Open(c *stack.Conn) { h.Writable(c) }
+
+// Data implements stack.Handler.
+func (copyingChargen) Data(_ *stack.Conn, b []byte) int { return len(b) }
+
+// Writable implements stack.Handler.
+func (copyingChargen) Writable(c *stack.Conn) {
+	for {
+		n, err := c.Write(chargenBytes[:64<<10])
+		if err != nil || n < 64<<10 {
+			return
+		}
+	}
+}
+
+// Close implements stack.Handler.
+func (copyingChargen) Close(*stack.Conn, error) {}
+
+// EOF implements stack.HalfCloser: the peer has nothing to say, but listens.
+func (copyingChargen) EOF(*stack.Conn) {}
 
 // handleDatagrams serves UDP's discard and chargen on the shard's thread.
 func handleDatagrams(s *stack.Stack) error {

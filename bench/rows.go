@@ -68,6 +68,9 @@ type row struct {
 	shards int
 	// quickRounds bounds the rounds of a -quick run, 0: does not.
 	quickRounds int
+	// copies has numastack's chargen send with Write, like a server that has made what it
+	// sends just now, instead of a block that needs no copy.
+	copies bool
 	// lower is set where a smaller figure is better.
 	lower bool
 	// spin is how long numastack looks for frames before it sleeps; 0: its default.
@@ -104,6 +107,9 @@ var allRows = []row{
 	{name: "bulk_in_128", load: loadBulkIn, door: doorEvents, conns: 128, unit: "Gbit/s", full: true, value: gbitPerSecond},
 	{name: "bulk_out_32", load: loadBulkOut, door: doorEvents, conns: 32, unit: "Gbit/s", full: true, value: gbitPerSecond},
 	{name: "bulk_out_128", load: loadBulkOut, door: doorEvents, conns: 128, unit: "Gbit/s", full: true, value: gbitPerSecond},
+	{name: "bulk_out_1_copy", load: loadBulkOut, door: doorEvents, conns: 1, unit: "Gbit/s", full: true, copies: true, value: gbitPerSecond},
+	{name: "bulk_out_8_copy", load: loadBulkOut, door: doorEvents, conns: 8, unit: "Gbit/s", full: true, copies: true, value: gbitPerSecond},
+	{name: "bulk_out_128_copy", load: loadBulkOut, door: doorEvents, conns: 128, unit: "Gbit/s", full: true, copies: true, value: gbitPerSecond},
 	{name: "bulk_in_1_mtu9000", load: loadBulkIn, door: doorEvents, conns: 1, mtu: 9000, unit: "Gbit/s", full: true, value: gbitPerSecond},
 	{name: "bulk_in_8_mtu9000", load: loadBulkIn, door: doorEvents, conns: 8, mtu: 9000, unit: "Gbit/s", full: true, value: gbitPerSecond},
 	{name: "bulk_out_1_mtu9000", load: loadBulkOut, door: doorEvents, conns: 1, mtu: 9000, unit: "Gbit/s", full: true, value: gbitPerSecond},
@@ -198,7 +204,7 @@ func (r row) app() string {
 	switch {
 	case r.load == loadHTTP:
 		return "httpd"
-	case r.load == loadUDPIn || r.load == loadUDPOut || r.load == loadIdle || r.door != doorEvents:
+	case r.load == loadUDPIn || r.load == loadUDPOut || r.load == loadIdle || r.door != doorEvents || r.copies:
 		return ""
 	default:
 		return "echo"
@@ -271,6 +277,7 @@ type sampleKey struct {
 	mtu   int
 	// shards is the row's, so that 0, one shard beside peers, differs from 1.
 	shards int
+	copies bool
 }
 
 // key lets rows share the samples of peers that do the same in both: what differs is
@@ -284,7 +291,7 @@ func (r row) key(peer string) sampleKey {
 		k.door = r.door
 	}
 	if peer == peerNumastack {
-		k.spin = r.spin
+		k.spin, k.copies = r.spin, r.copies
 	}
 	return k
 }

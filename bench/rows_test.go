@@ -71,6 +71,7 @@ func TestRowKey(t *testing.T) {
 		{"bulk_out_1", "net_out_1", true},
 		{"pingpong_64", "net_pingpong_64", true},
 		{"idle_events", "idle_net", true},
+		{"bulk_out_1", "bulk_out_1_copy", true}, // only numastack can do without
 		{"bulk_in_1", "bulk_in_8", false},
 		{"bulk_in_1", "bulk_out_1", false},
 		{"pingpong_1", "pingpong_64", false},
