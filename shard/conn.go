@@ -75,6 +75,7 @@ type Conn struct {
 	patient   bool // those wait for the handler even after a failure
 	eof       bool // the handler knows that nothing more comes
 	wantWrite bool // a Write was short
+	full      bool // there was no room for it
 	unsent    bool // in shard.unsent
 	serving   bool // a handler's method is running
 	closing   bool // Close or Abort was called
@@ -162,7 +163,7 @@ func (c *Conn) serve(s *Shard) {
 		return
 	}
 	if events&waiter.WritableEvents != 0 && !c.closing && c.wantWrite {
-		c.waited()
+		c.wantWrite = false
 		c.paused = false
 		c.h.Writable(c)
 	}
@@ -290,7 +291,7 @@ func (c *Conn) finish(err error) {
 		return
 	}
 	c.done = true
-	c.waited()
+	c.setFull(false)
 	c.wq.EventUnregister(&c.entry)
 	if c.opened || c.dialing {
 		c.h.Close(c, err)

@@ -235,8 +235,8 @@ func (s *Shard) release(m *move) {
 	})
 	for c := range g.conns.all {
 		s.counters.ConnsOpen--
-		if c.wantWrite {
-			s.waiting--
+		if c.full {
+			s.fullBuffers--
 		}
 	}
 	s.counters.GroupsReleased++
@@ -258,8 +258,8 @@ func (s *Shard) adopt(m *move) {
 	s.ready = append(s.ready, m.ready...)
 	for c := range g.conns.all {
 		s.counters.ConnsOpen++
-		if c.wantWrite {
-			s.waiting++
+		if c.full {
+			s.fullBuffers++
 		}
 		if h, ok := c.h.(Mover); ok && c.opened {
 			h.Move(c)

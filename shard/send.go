@@ -74,7 +74,8 @@ func (c *Conn) WriteBlock(b *Block, offset int) (int, error) {
 func (c *Conn) lend(v *buffer.View, room int) int {
 	if room < v.Size() {
 		v.CapLength(room)
-		c.wait()
+		c.setFull(true)
+		c.wantWrite = true
 	}
 	n := v.Size()
 	c.queue(v)
@@ -93,9 +94,11 @@ func (c *Conn) room() (int, error) {
 	}
 	switch err.(type) {
 	case nil:
+		c.setFull(false)
 		return room, nil
 	case *tcpip.ErrWouldBlock:
-		c.wait()
+		c.setFull(true)
+		c.wantWrite = true
 		return 0, nil
 	default:
 		c.failure = cmp.Or(c.failure, errno(err))
@@ -121,26 +124,22 @@ func (c *Conn) takeShare() bool {
 	}
 	options := c.ep.SocketOptions()
 	before := options.GetSendBufferSize()
-	share := int64(min(c.sendBuffer, max(sendMemory/max(c.g.shard.waiting, 1), minSendShare)))
+	share := int64(min(c.sendBuffer, max(sendMemory/max(c.g.shard.fullBuffers, 1), minSendShare)))
 	if share != before {
 		options.SetSendBufferSize(share, false)
 	}
 	return share > before
 }
 
-// wait notes that the connection waits for room in its send buffer.
-func (c *Conn) wait() {
-	if !c.wantWrite {
-		c.wantWrite = true
-		c.g.shard.waiting++
+// setFull notes whether the send buffer had no room for what was written last.
+func (c *Conn) setFull(full bool) {
+	if c.full == full {
+		return
 	}
-}
-
-// waited takes that back.
-func (c *Conn) waited() {
-	if c.wantWrite {
-		c.wantWrite = false
-		c.g.shard.waiting--
+	if c.full = full; full {
+		c.g.shard.fullBuffers++
+	} else {
+		c.g.shard.fullBuffers--
 	}
 }
 

@@ -3,7 +3,9 @@ package shard
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"slices"
 	"testing"
@@ -254,8 +256,8 @@ func TestSendShare(t *testing.T) {
 		clients = append(clients, dialStepped(t, a, netip.AddrPortFrom(addrB, 7), &testHandler{open: more, writable: more}))
 		settle(t, a, b)
 	}
-	if a.waiting != conns {
-		t.Fatalf("%d connections wait, want all %d", a.waiting, conns)
+	if a.fullBuffers != conns {
+		t.Fatalf("%d connections wait, want all %d", a.fullBuffers, conns)
 	}
 	if n, want := sendBufferOf(clients[0]), a.set.cfg.SendBuffer; n != want {
 		t.Errorf("the first connection has a send buffer of %d bytes, want %d", n, want)
@@ -272,8 +274,8 @@ func TestSendShare(t *testing.T) {
 	for _, n := range received {
 		total += n
 	}
-	if total != conns*size || a.waiting != 0 {
-		t.Errorf("%d bytes of %d arrived, and %d connections still wait", total, conns*size, a.waiting)
+	if total != conns*size || a.fullBuffers != 0 {
+		t.Errorf("%d bytes of %d arrived, and %d connections still wait", total, conns*size, a.fullBuffers)
 	}
 	// Alone again, a connection takes what it wants.
 	reading = false
@@ -281,14 +283,68 @@ func TestSendShare(t *testing.T) {
 	wrote[last] = 0
 	more(last)
 	settle(t, a, b)
-	if n, want := sendBufferOf(last), a.set.cfg.SendBuffer; n != want || a.waiting != 1 {
-		t.Errorf("with %d connections that wait, one has a send buffer of %d bytes, want 1 and %d", a.waiting, n, want)
+	if n, want := sendBufferOf(last), a.set.cfg.SendBuffer; n != want || a.fullBuffers != 1 {
+		t.Errorf("with %d connections that wait, one has a send buffer of %d bytes, want 1 and %d", a.fullBuffers, n, want)
 	}
 	last.Abort()
 	settle(t, a, b)
-	if a.waiting != 0 {
-		t.Errorf("%d connections wait after the last one has ended", a.waiting)
+	if a.fullBuffers != 0 {
+		t.Errorf("%d connections wait after the last one has ended", a.fullBuffers)
 	}
+}
+
+// TestFullBuffersAreCounted: a connection counts while its send buffer is full, whatever
+// its door.
+func TestFullBuffersAreCounted(t *testing.T) {
+	const size = 8 << 20
+	a, b := startPair(t, nil)
+	full := func() (n int) {
+		b.shards[0].do(func(s *Shard) { n = s.fullBuffers })
+		return n
+	}
+	wrote := make(chan error, 1)
+	dial := serve(t, a, b, func(c net.Conn) {
+		_, err := c.Write(make([]byte, size))
+		wrote <- err
+		_, _ = c.Read(make([]byte, 1)) // until the test has looked
+	})
+	c := dial()
+	eventually(t, "full buffer of Serve", func() bool { return full() == 1 })
+	if _, err := io.ReadFull(c, make([]byte, size)); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-wrote; err != nil {
+		t.Fatal(err)
+	}
+	if n := full(); n != 0 {
+		t.Errorf("%d full buffers when everything was read, want 0", n)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	l, err := b.ListenNet([]netip.Addr{addrB}, 0, 4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close() //nolint:errcheck // the test is over
+	go func() {
+		c, err := l.Accept()
+		if err == nil {
+			_, err = c.Write(make([]byte, size))
+		}
+		wrote <- err
+	}()
+	d, err := a.DialNet(t.Context(), netip.AddrPort{}, l.l.Addr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "full buffer of Listen", func() bool { return full() == 1 })
+	if err := d.Close(); err != nil { // resets, as nothing was read
+		t.Fatal(err)
+	}
+	<-wrote
+	eventually(t, "end of the connection", func() bool { return full() == 0 })
 }
 
 func sendBufferOf(c *Conn) int { return int(c.ep.SocketOptions().GetSendBufferSize()) }
