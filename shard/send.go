@@ -6,6 +6,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
@@ -56,7 +57,8 @@ func (c *Conn) Write(b []byte) (int, error) {
 	return done, nil
 }
 
-// WriteBlock is Write of the bytes of a block from an offset on, without a copy.
+// WriteBlock is Write of the bytes of a block from an offset on, without a copy. An
+// offset beyond the block is a panic, as with slices.
 func (c *Conn) WriteBlock(b *Block, offset int) (int, error) {
 	if offset == b.Len() && !c.closing && !c.done {
 		return 0, nil
@@ -153,16 +155,19 @@ func (c *Conn) queue(v *buffer.View) {
 	}
 }
 
-// segmentLimit is how many bytes a segment is made of at most: whole ones for the
-// wire, as many as gVisor's sender takes at once (snd.go, sendData).
+// segmentLimit is how many bytes a segment is made of at most: of whole ones for the
+// wire, as many as gVisor's sender takes at once. It would cut longer ones in two.
 func (c *Conn) segmentLimit() int {
 	size := sending(c.ep).MaxPayloadSize
-	return max((gsoMaxSize-gsoHeaders)/size, 1) * size
+	if size >= maxSegment {
+		return maxSegment
+	}
+	return maxSegment / size * size
 }
 
-// gsoHeaders is what gVisor leaves for headers in the size of a super-frame
-// (header.TCPTotalHeaderMaximumSize), and one more.
-const gsoHeaders = 160 + 1
+// maxSegment is how many bytes gVisor's sender takes at once: it leaves so much for
+// headers, and one more (snd.go, sendData).
+const maxSegment = gsoMaxSize - header.TCPTotalHeaderMaximumSize - 1
 
 // push sends what was queued in this turn. It comes after the application's step.
 func (s *Shard) push() {

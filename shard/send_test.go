@@ -111,6 +111,37 @@ func TestSegmentsOfWrites(t *testing.T) {
 	}
 }
 
+// TestSegmentsOfLargestMTU: a stream has no small segments when one for the wire is
+// larger than gVisor's sender takes at once.
+func TestSegmentsOfLargestMTU(t *testing.T) {
+	for _, gso := range []bool{true, false} {
+		a, b := steppedPair(t)
+		for _, s := range []*Shard{a, b} {
+			for _, g := range s.groups {
+				g.link.mtu, g.link.gso = 65521, gso
+			}
+		}
+		client, got := streamTo(t, a, b, &testHandler{})
+		const size, writes = 64 << 10, 50
+		before := a.counters.TxFrames
+		for range writes {
+			if n, err := client.Write(make([]byte, size)); n != size || err != nil {
+				t.Fatalf("Write = %d, %v", n, err)
+			}
+			if _, err := client.Write(make([]byte, size)); err != nil {
+				t.Fatal(err)
+			}
+			settle(t, a, b)
+		}
+		if got.Len() != 2*size*writes {
+			t.Fatalf("%d bytes arrived, want %d", got.Len(), 2*size*writes)
+		}
+		if frames := a.counters.TxFrames - before; frames > 3*writes+10 {
+			t.Errorf("offload %t: %d frames for %d bytes, want 3 for each %d", gso, frames, got.Len(), 2*size)
+		}
+	}
+}
+
 // TestBlockIsShared: many connections send the same block, at their own speeds and
 // from different offsets, and each peer gets it as it is.
 func TestBlockIsShared(t *testing.T) {

@@ -113,7 +113,7 @@ func (s *Socket) handDatagrams(vnet *dispatch.VnetHeader, p *dispatch.Parsed, fr
 	g.shard.enter(stageApplication)
 	payload := frame[p.Payload : p.L4+header.UDP(frame[p.L4:]).Length()]
 	size := len(payload)
-	if vnet.GSOType != dispatch.VnetGSONone {
+	if vnet.GSOType == dispatch.VnetGSOUDPL4 {
 		size = int(vnet.GSOSize)
 	}
 	for {
