@@ -358,7 +358,7 @@ func TestFullBuffersAreCounted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close() //nolint:errcheck // the test is over
+	defer func() { _ = l.Close() }()
 	go func() {
 		c, err := l.Accept()
 		if err == nil {
@@ -374,7 +374,9 @@ func TestFullBuffersAreCounted(t *testing.T) {
 	if err := d.Close(); err != nil { // resets, as nothing was read
 		t.Fatal(err)
 	}
-	<-wrote
+	if err := <-wrote; err == nil {
+		t.Error("a write to a connection that was reset came to an end without an error")
+	}
 	eventually(t, "end of the connection", func() bool { return full() == 0 })
 }
 
