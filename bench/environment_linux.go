@@ -31,6 +31,7 @@ func (b *bench) environment() environment {
 		SampleSec:  b.duration.Seconds(),
 		MTU:        standardMTU,
 		Congestion: congestion(),
+		RPS:        b.rps,
 	}
 	for _, r := range b.rows {
 		switch r.load {

@@ -27,6 +27,7 @@ type options struct {
 	idleConns  int           // of the idle rows
 	cpus       [2]int        // server, client; -1: the first two this process may use
 	congestion string        // control of the kernel's TCP; empty: the system's default
+	rps        bool          // the kernel goes on with numastack's frames on the client's CPU
 	apps       string        // folder with built applications; empty: build them
 	profiles   string        // folder for the servers' CPU profiles; empty: none
 	reporting
@@ -114,6 +115,7 @@ func parseOptions(args []string, usage io.Writer) (options, error) {
 	fs.StringVar(&cpuList, "cpus", "", "`server,client` CPUs (default: the first two this process may use)")
 	fs.StringVar(&o.congestion, "congestion", "reno", "congestion control of all the kernel's sockets, client and server; empty: the system's `name`.\n"+
 		"One that paces, such as bbr, may cost a client more for its timers than for its bytes: then the rows measure the client")
+	fs.BoolVar(&o.rps, "rps", false, "have the kernel go on with numastack's frames on the client's CPU, by receive packet steering")
 	fs.StringVar(&o.apps, "apps", "", "`folder` with the built applications echo, httpd and iperf3 (default: build them with go build)")
 	fs.StringVar(&o.profiles, "cpuprofile", "", "also write a CPU profile of every server into `folder`, as ROW-PEER.pprof; of many rounds the last one's")
 	fs.StringVar(&o.out, "out", "", "also write the result as JSON to `file`")

@@ -22,6 +22,9 @@ func (b *bench) numastackCommand(r row) (path string, args []string) {
 		"-tap", numastackTAP, "-addr", numastackServer + "/24", "-host", numastackClient + "/24",
 		"-mtu", strconv.Itoa(r.linkMTU()), "-shards", strconv.Itoa(max(r.shards, 1)), "-cpus", strconv.Itoa(b.serverCPU),
 	}
+	for _, cpu := range b.hostCPUs() {
+		args = append(args, "-host-cpus", strconv.Itoa(cpu))
+	}
 	if path := os.Getenv(countersVar); path != "" {
 		args = append(args, "-stats-json", path)
 	}
@@ -41,6 +44,15 @@ func (b *bench) numastackCommand(r row) (path string, args []string) {
 	return filepath.Join(b.apps, r.app()), args
 }
 
+// hostCPUs returns where the kernel is to go on with what numastack sends: nowhere in
+// particular without -rps.
+func (b *bench) hostCPUs() []int {
+	if !b.rps {
+		return nil
+	}
+	return []int{b.clientCPU}
+}
+
 // serveNumastack serves through one of the doors, on one shard on this process's first CPU.
 // Every door has echo; the last one has all services. The server's memory is always told
 // through the last one: it takes a goroutine that may stop the world.
@@ -51,6 +63,7 @@ func serveNumastack(ctx context.Context, spec serverSpec, ready func()) error {
 		Device:    numastackTAP,
 		Addrs:     []netip.Prefix{netip.MustParsePrefix(numastackServer + "/24")},
 		HostAddrs: []netip.Prefix{netip.MustParsePrefix(numastackClient + "/24")},
+		HostCPUs:  spec.HostCPUs,
 		MTU:       spec.MTU,
 		Shards:    1,
 		// 0 is its default.

@@ -43,6 +43,8 @@ type serverSpec struct {
 	Peer string `json:"peer"`
 	Door door   `json:"door"` // of numastack
 	MTU  int    `json:"mtu"`
+	// HostCPUs is for numastack, as in its Config.
+	HostCPUs []int `json:"host_cpus"`
 	// Queue is how many frames may wait in the TAP for the server; 0: its default.
 	Queue int `json:"queue"`
 	// Profile is the file for a CPU profile; empty: none.
@@ -63,7 +65,9 @@ func startPeer(ctx context.Context, name string, r row, b *bench) (*server, erro
 	if err != nil {
 		return nil, fmt.Errorf("find this program's file: %w", err)
 	}
-	arg, err := json.Marshal(serverSpec{Peer: name, Door: r.door, MTU: r.linkMTU(), Queue: r.queueLen(name), Profile: b.profile(name, r)})
+	arg, err := json.Marshal(serverSpec{
+		Peer: name, Door: r.door, MTU: r.linkMTU(), HostCPUs: b.hostCPUs(), Queue: r.queueLen(name), Profile: b.profile(name, r),
+	})
 	if err != nil {
 		return nil, fmt.Errorf("server specification: %w", err)
 	}

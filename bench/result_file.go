@@ -97,6 +97,8 @@ func parseResult(r io.Reader) (*report, error) {
 	return rep, nil
 }
 
+const rpsText = "receive packet steering to the client's CPU"
+
 // where says in a line on what, when and with which versions the figures were taken.
 func (env environment) where() string { return env.machine() + ", " + env.versions() }
 
@@ -104,6 +106,9 @@ func (env environment) machine() string {
 	where := fmt.Sprintf("%s, %d CPUs, Linux %s", env.CPU, env.CPUs, env.Kernel)
 	if env.Congestion != "" {
 		where += ", TCP of the kernel with " + env.Congestion
+	}
+	if env.RPS {
+		where += ", numastack with " + rpsText
 	}
 	if day, _, ok := strings.Cut(env.Time, "T"); ok {
 		where += ", " + day

@@ -33,6 +33,9 @@ func (rep *report) writeTable(w io.Writer) error {
 	if env.Congestion != "" {
 		fmt.Fprintf(&b, "the kernel's TCP, client and server, with %s\n", env.Congestion)
 	}
+	if env.RPS {
+		fmt.Fprintf(&b, "numastack with %s\n", rpsText)
+	}
 	if env.HTTPClient != "" {
 		fmt.Fprintf(&b, "HTTP client %s\n", env.HTTPClient)
 	}

@@ -16,6 +16,7 @@ const (
 	maxMTU        = 65535 - ethernetLen
 	maxTapQueues  = 128
 	maxTxQueueLen = 1 << 16
+	maxCPU        = 1<<13 - 1 // as many as Linux knows (NR_CPUS_RANGE_END of arch/x86/Kconfig)
 	maxID         = 1<<32 - 2 // of users and groups; the next one means none
 
 	// defaultTxQueueLen holds the burst that arrives while a shard is away for a
@@ -39,6 +40,11 @@ type DeviceConfig struct {
 	// HostAddrs are the addresses of the host's side, each with the length of
 	// its subnet; missing ones are added. Default: leave as is.
 	HostAddrs []netip.Prefix
+	// HostCPUs are where the kernel goes on with the frames that we send, up to
+	// 8191 (receive packet steering). It takes CAP_NET_ADMIN, and Linux 5.2 if
+	// /sys is of another network namespace. Default: leave as is, which is the
+	// sending thread's CPU on a new device.
+	HostCPUs []int
 	// MTU in bytes: 576 to 65521, with IPv6 addresses from 1280. Default:
 	// leave as is, which is 1500 on a new device.
 	MTU int
@@ -80,6 +86,11 @@ func (cfg *DeviceConfig) validate() error {
 		}
 		if addr.Is6() {
 			lowestMTU = minMTUIPv6
+		}
+	}
+	for _, cpu := range cfg.HostCPUs {
+		if cpu < 0 || cpu > maxCPU {
+			return fmt.Errorf("bad HostCPUs entry %d; want CPUs, 0..%d", cpu, maxCPU)
 		}
 	}
 	if cfg.MTU != 0 && (cfg.MTU < lowestMTU || cfg.MTU > maxMTU) {

@@ -486,6 +486,9 @@ func TestDeviceErrors(t *testing.T) {
 		{name: "negative queues", cfg: DeviceConfig{Name: "ns-test", Queues: -1}, err: "bad Queues -1; want 1..128"},
 		{name: "many queues", cfg: DeviceConfig{Name: "ns-test", Queues: 129}, err: "bad Queues 129; want 1..128"},
 		{name: "txqueuelen", cfg: DeviceConfig{Name: "ns-test", TxQueueLen: 65537}, err: "bad TxQueueLen 65537 frames; want 1..65536"},
+		{name: "negative CPU", cfg: DeviceConfig{Name: "ns-test", HostCPUs: []int{-1}}, err: "bad HostCPUs entry -1; want CPUs, 0..8191"},
+		{name: "many CPUs", cfg: DeviceConfig{Name: "ns-test", HostCPUs: []int{0, maxCPU + 1}}, err: "bad HostCPUs entry 8192; want CPUs, 0..8191"},
+		{name: "no such CPU", cfg: DeviceConfig{Name: "ns-test", Queues: 2, HostCPUs: []int{0, maxCPU}}, err: "want CPUs that are online"},
 		{name: "uid", cfg: DeviceConfig{Name: "ns-test", UID: new(-1)}, err: "bad UID -1; want 0..4294967294"},
 		{
 			name: "zero prefix",

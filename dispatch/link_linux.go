@@ -109,6 +109,12 @@ func (d *Device) differences(cfg *DeviceConfig, tap *netlink.Tuntap) ([]change, 
 		})
 	}
 
+	steering, err := d.hostCPUChanges(cfg.HostCPUs, tap)
+	if err != nil {
+		return nil, err
+	}
+	changes = append(changes, steering...)
+
 	present, err := d.hostAddrs(tap)
 	if err != nil {
 		return nil, err
@@ -162,7 +168,7 @@ func (d *Device) hostAddrs(tap *netlink.Tuntap) ([]netip.Prefix, error) {
 
 func (c *change) explain(err error) error {
 	switch {
-	case errors.Is(err, unix.EPERM):
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES) && strings.HasPrefix(c.command, "echo "):
 		return fmt.Errorf("%w; an administrator has to run: %s", err, c.command)
 	case errors.Is(err, unix.EACCES) && strings.HasSuffix(c.command, "nodad"):
 		// inet6_addr_add of net/ipv6/addrconf.c.

@@ -203,6 +203,13 @@ type Config struct {
 	// HostAddrs are the addresses that the kernel's side of the device gets.
 	// Default: leave it as it is.
 	HostAddrs []netip.Prefix
+	// HostCPUs are the CPUs on which the kernel goes on with the frames that the
+	// shards send, by receive packet steering: the part of a local client or of a
+	// bridge, which else runs on the shard's CPU, within its writes. It takes
+	// another CPU for that, and interrupts between CPUs: docs/performance.md says
+	// which loads gain and which lose. Default: leave the device as it is, which is
+	// the shard's CPU on a new one.
+	HostCPUs []int
 	// MTU is the largest IP packet in bytes, 576 to 65521, with IPv6 from 1280.
 	// Default 1500.
 	MTU int

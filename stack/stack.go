@@ -60,6 +60,7 @@ func New(cfg Config) (_ *Stack, err error) {
 		UID:        cfg.Owner,
 		GID:        cfg.Group,
 		HostAddrs:  cfg.HostAddrs,
+		HostCPUs:   cfg.HostCPUs,
 		MTU:        cfg.MTU,
 		TxQueueLen: cfg.TxQueueLen,
 		Queues:     cfg.Shards,

@@ -51,7 +51,8 @@ func Flags(fs *flag.FlagSet) *Options {
 	fs.Func("gateway", "next hop `address` of a default route, one per address family", o.addGateway)
 	fs.IntVar(&o.cfg.Shards, "shards", o.cfg.Shards, "`number` of shards (threads), 1 to 128")
 	fs.IntVar(&o.cfg.Groups, "groups", 0, "`number` of flow groups, from the number of shards to 128; 0: choose")
-	fs.Func("cpus", "CPU `list` for the shards, as in 0,2-3 (default the allowed ones in order)", o.setCPUs)
+	fs.Func("cpus", "CPU `list` for the shards, as in 0,2-3 (default the allowed ones in order)", cpus(&o.cfg.CPUs))
+	fs.Func("host-cpus", "CPU `list` where the kernel goes on with what the shards send (default the shard's own CPU)", cpus(&o.cfg.HostCPUs))
 	fs.TextVar(&o.cfg.Profile, "profile", stack.ProfileClosest, "`name` of how shards spread over NUMA nodes: Closest, ClosestStatic, NUMA, NUMAStatic or Conservative")
 	fs.BoolVar(&o.plan, "plan", false, "print where the shards would be, and exit")
 	fs.IntVar(&o.cfg.MTU, "mtu", o.cfg.MTU, "largest IP packet in `bytes`, 576 to 65521")
@@ -102,9 +103,16 @@ func (o *Options) addGateway(s string) error {
 	return nil
 }
 
-// setCPUs keeps the order of the list: it is the order of the shards.
-func (o *Options) setCPUs(s string) error {
-	o.cfg.CPUs = nil
+// cpus keeps the order of a list: it is the order of the shards.
+func cpus(list *[]int) func(string) error {
+	return func(s string) error {
+		parsed, err := parseCPUs(s)
+		*list = parsed
+		return err
+	}
+}
+
+func parseCPUs(s string) (cpus []int, err error) {
 	for part := range strings.SplitSeq(s, ",") {
 		first, last, isRange := strings.Cut(part, "-")
 		low, err := strconv.Atoi(first)
@@ -113,13 +121,13 @@ func (o *Options) setCPUs(s string) error {
 			high, err = strconv.Atoi(last)
 		}
 		if err != nil || low < 0 || high < low || high-low > 1<<12 {
-			return fmt.Errorf("%q is not a CPU or a range of them, as in 0,2-3", part)
+			return nil, fmt.Errorf("%q is not a CPU or a range of them, as in 0,2-3", part)
 		}
 		for cpu := low; cpu <= high; cpu++ {
-			o.cfg.CPUs = append(o.cfg.CPUs, cpu)
+			cpus = append(cpus, cpu)
 		}
 	}
-	return nil
+	return cpus, nil
 }
 
 // Open starts the stack. Give it a logger of Logger's.

@@ -1,0 +1,147 @@
+package dispatch
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/big"
+	"os"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// hostCPUChanges has the kernel go on with what we send on cpus: receive packet
+// steering, for which each of our queues has a mask
+// (Documentation/networking/scaling.rst).
+func (d *Device) hostCPUChanges(cpus []int, tap *netlink.Tuntap) (changes []change, err error) {
+	if len(cpus) == 0 {
+		return nil, nil
+	}
+	want := new(big.Int)
+	for _, cpu := range cpus {
+		want.SetBit(want, cpu, 1)
+	}
+	for i := range d.queues {
+		present, err := readMask(tap, i)
+		if err != nil {
+			return nil, fmt.Errorf("HostCPUs: %w", err)
+		}
+		if present.Cmp(want) == 0 {
+			continue
+		}
+		changes = append(changes, change{
+			command: fmt.Sprintf("echo %s > /sys/%s", formatMask(want), maskFile(tap, i)),
+			do: func() error {
+				err := writeMask(tap, i, want)
+				if err == nil {
+					err = checkMask(tap, i, want)
+				}
+				if err != nil {
+					_ = writeMask(tap, i, present) // the error that matters is the first one
+				}
+				if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOVERFLOW) {
+					err = fmt.Errorf("HostCPUs: %w; want CPUs that are online", err)
+				}
+				return err
+			},
+			undo: func() error { return writeMask(tap, i, present) },
+		})
+	}
+	return changes, nil
+}
+
+// checkMask reads back what the kernel made of a mask: it leaves out CPUs that
+// are offline.
+func checkMask(tap *netlink.Tuntap, queue int, want *big.Int) error {
+	got, err := readMask(tap, queue)
+	if err == nil && got.Cmp(want) != 0 {
+		err = fmt.Errorf("%w: of CPUs %s the kernel took %s", unix.EINVAL, formatMask(want), formatMask(got))
+	}
+	return err
+}
+
+func maskFile(tap *netlink.Tuntap, queue int) string {
+	return fmt.Sprintf("class/net/%s/queues/rx-%d/rps_cpus", tap.Name, queue)
+}
+
+func readMask(tap *netlink.Tuntap, queue int) (*big.Int, error) {
+	sys, err := openSysfs(tap)
+	if err != nil {
+		return nil, err
+	}
+	defer sys.Close()
+	b, err := sys.ReadFile(maskFile(tap, queue))
+	if err != nil {
+		return nil, err
+	}
+	mask, ok := new(big.Int).SetString(strings.ReplaceAll(string(bytes.TrimSpace(b)), ",", ""), 16)
+	if !ok {
+		return nil, fmt.Errorf("%s has %q; want a mask of CPUs", maskFile(tap, queue), b)
+	}
+	return mask, nil
+}
+
+func writeMask(tap *netlink.Tuntap, queue int, mask *big.Int) error {
+	sys, err := openSysfs(tap)
+	if err != nil {
+		return err
+	}
+	defer sys.Close()
+	err = sys.WriteFile(maskFile(tap, queue), []byte(formatMask(mask)), 0)
+	if path, ok := errors.AsType[*os.PathError](err); ok {
+		err = path.Err // it would name our descriptor
+	}
+	return err
+}
+
+// formatMask writes hexadecimal digits, with commas between each 8 as the
+// kernel wants them (bitmap_parse of lib/bitmap-str.c).
+func formatMask(mask *big.Int) string {
+	s := mask.Text(16)
+	for i := len(s) - 8; i > 0; i -= 8 {
+		s = s[:i] + "," + s[i:]
+	}
+	return s
+}
+
+// openSysfs opens a sysfs that shows tap. /sys is that of the network namespace
+// it was mounted in, so a new one is made, which nobody else sees; where that is
+// not permitted, /sys has to do.
+func openSysfs(tap *netlink.Tuntap) (*os.Root, error) {
+	sys, err := mountSysfs()
+	if err != nil {
+		if sys, err = os.OpenRoot("/sys"); err != nil {
+			return nil, err
+		}
+	}
+	address, err := sys.ReadFile("class/net/" + tap.Name + "/address")
+	if err == nil && string(bytes.TrimSpace(address)) != tap.HardwareAddr.String() {
+		err = errors.New("another device has its name in /sys")
+	}
+	if err != nil {
+		_ = sys.Close()
+		return nil, fmt.Errorf("%w; want a sysfs of the device's network namespace at /sys, or CAP_SYS_ADMIN to make one", err)
+	}
+	return sys, nil
+}
+
+// mountSysfs makes a sysfs of this thread's network namespace, attached nowhere
+// (fsmount(2), Linux 5.2).
+func mountSysfs() (*os.Root, error) {
+	fs, err := unix.Fsopen("sysfs", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fs)
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return nil, err
+	}
+	mount, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(mount)
+	return os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", mount))
+}
