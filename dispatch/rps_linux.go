@@ -71,7 +71,7 @@ func readMask(tap *netlink.Tuntap, queue int) (*big.Int, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer sys.Close()
+	defer func() { _ = sys.Close() }()
 	b, err := sys.ReadFile(maskFile(tap, queue))
 	if err != nil {
 		return nil, err
@@ -88,7 +88,7 @@ func writeMask(tap *netlink.Tuntap, queue int, mask *big.Int) error {
 	if err != nil {
 		return err
 	}
-	defer sys.Close()
+	defer func() { _ = sys.Close() }()
 	err = sys.WriteFile(maskFile(tap, queue), []byte(formatMask(mask)), 0)
 	if path, ok := errors.AsType[*os.PathError](err); ok {
 		err = path.Err // it would name our descriptor
@@ -134,7 +134,7 @@ func mountSysfs() (*os.Root, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer unix.Close(fs)
+	defer func() { _ = unix.Close(fs) }()
 	if err := unix.FsconfigCreate(fs); err != nil {
 		return nil, err
 	}
@@ -142,6 +142,6 @@ func mountSysfs() (*os.Root, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer unix.Close(mount)
+	defer func() { _ = unix.Close(mount) }()
 	return os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", mount))
 }

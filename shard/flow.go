@@ -24,6 +24,8 @@ type flow struct {
 	touched bool         // has segments of this burst
 	next    seqnum.Value // after those of them that merely continue the stream
 
+	confirmed int64 // when it has confirmed its neighbor
+
 	// The acknowledgement of what has arrived.
 	waiting int   // segments with data that came since nothing was unacknowledged
 	owed    bool  // in Shard.owed
@@ -254,13 +256,14 @@ type delayedAck struct {
 	at int64
 }
 
-// delayedAckQueue holds them by time. The delay is the same for all, so the
-// order they come in is the order they go. A connection is in it once.
+// delayedAckQueue holds them by time. A connection is in it once.
 type delayedAckQueue struct {
 	first int // of the entries in use
 	all   []delayedAck
 }
 
+// push adds an entry. The delay is the same for all, so it is nearly always the
+// last one.
 func (q *delayedAckQueue) push(d delayedAck) {
 	if q.first > len(q.all)/2 && len(q.all) == cap(q.all) {
 		n := copy(q.all, q.all[q.first:])
@@ -268,6 +271,9 @@ func (q *delayedAckQueue) push(d delayedAck) {
 		q.first, q.all = 0, q.all[:n]
 	}
 	q.all = append(q.all, d)
+	for i := len(q.all) - 1; i > q.first && q.all[i-1].at > d.at; i-- {
+		q.all[i-1], q.all[i] = d, q.all[i-1]
+	}
 }
 
 // flush sends those of one group.

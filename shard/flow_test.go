@@ -105,6 +105,7 @@ func TestStrangersNeedNoIP(t *testing.T) {
 		{"from all", "10.1.0.255", self4, nil, false},
 		{"from ourselves", self4, self4, nil, false},
 		{"from IPv6's ourselves", self6, self6, nil, false},
+		{"from an IPv4 address in IPv6", "::ffff:192.0.2.1", self6, nil, false},
 		{"with options", addrA.String(), self4, func(ip4 *layers.IPv4, _ *layers.IPv6) {
 			ip4.Options = []layers.IPv4Option{{OptionType: 1}, {OptionType: 1}, {OptionType: 1}, {OptionType: 0}}
 		}, false},
@@ -514,5 +515,30 @@ func TestSegmentsOffTheShortWay(t *testing.T) {
 	settle(t, b)
 	if closed == nil || len(r.conn.g.flows) != 0 {
 		t.Errorf("reset: closed with %v, %d flows left", closed, len(r.conn.g.flows))
+	}
+}
+
+// TestDelayedAckQueue: entries leave by time, also one that has to wait anew.
+func TestDelayedAckQueue(t *testing.T) {
+	var q delayedAckQueue
+	for _, at := range []int64{10, 20, 30} {
+		q.push(delayedAck{at: at})
+	}
+	if d := q.pop(); d.at != 10 {
+		t.Fatalf("the first one is for %d, want 10", d.at)
+	}
+	for _, at := range []int64{21, 15, 31} {
+		q.push(delayedAck{at: at})
+	}
+	for _, want := range []int64{15, 20, 21, 30, 31} {
+		if q.next() != want {
+			t.Errorf("the next one is due at %d, want %d", q.next(), want)
+		}
+		if d := q.pop(); d.at != want {
+			t.Errorf("an entry for %d comes, want %d", d.at, want)
+		}
+	}
+	if q.next() != never {
+		t.Error("the empty queue has something due")
 	}
 }

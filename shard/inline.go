@@ -94,7 +94,11 @@ func (p *inlineTCP) touch(ep *tcp.Endpoint) {
 func (p *inlineTCP) process() (worked bool) {
 	for {
 		for i, c := range p.touchedConns {
+			before := sending(c.ep).SndUna
 			p.runConn(c)
+			if sending(c.ep).SndUna != before {
+				p.g.confirm(c)
+			}
 			p.touchedConns[i] = nil
 			worked = true
 		}

@@ -162,6 +162,27 @@ func (g *Group) forgetHops() {
 	}
 }
 
+// confirmTime is how long a connection that was heard of does not confirm its neighbor
+// again. gVisor believes in one for 15 s at least.
+const confirmTime = int64(time.Second)
+
+// confirm tells gVisor that the neighbor of a connection is there, as the peer has
+// acknowledged something, so that it need not be probed (RFC 4861 section 7.3.1).
+// gVisor's TCP does that only for those whose frames went the long way.
+func (g *Group) confirm(c *Conn) {
+	if g.shard.now-c.flow.confirmed < confirmTime {
+		return
+	}
+	c.flow.confirmed = g.shard.now
+	next, ok := g.set.nextHop(c.local.Addr(), c.remote.Addr())
+	if !ok {
+		return
+	}
+	if h := g.hops[hopKey{c.flow.id.LocalAddress, tcpipAddress(next)}]; h != nil {
+		h.route.ConfirmReachable()
+	}
+}
+
 // hop is a neighbor that frames to one or more hosts go to.
 type hop struct {
 	key    hopKey

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"testing"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -130,5 +131,52 @@ func TestSegmentTakesLongWay(t *testing.T) {
 				t.Errorf("takes the short way: %t, want %t", short, test.short)
 			}
 		})
+	}
+}
+
+// TestNeighborIsNotProbed: while a neighbor acknowledges, nobody asks whether it is
+// still there (RFC 4861 section 7.3.1), also when the connection never waited for it.
+func TestNeighborIsNotProbed(t *testing.T) {
+	for _, remote := range []netip.Addr{addrB, addr6[1]} {
+		a, b := steppedPair(t)
+		later := time.Duration(0)
+		for _, s := range []*Shard{a, b} {
+			readClock := s.readClock
+			s.readClock = func() int64 { return readClock() + int64(later) }
+		}
+		listenStepped(t, b, 7, echoHandler())
+		asked := func() (n uint64) {
+			for _, s := range []*Shard{a, b} {
+				for _, g := range s.groups {
+					stats := g.stack.Stats()
+					n += stats.ARP.RequestsReceived.Value() + stats.ICMP.V6.PacketsReceived.NeighborSolicit.Value()
+				}
+			}
+			return n
+		}
+		first := dialStepped(t, a, netip.AddrPortFrom(remote, 7), &testHandler{})
+		settle(t, a, b)
+		if asked() == 0 {
+			t.Fatal("nobody asked for the neighbor at first")
+		}
+		first.Close()
+		settle(t, a, b)
+		c := dialStepped(t, a, netip.AddrPortFrom(remote, 7), &testHandler{})
+		settle(t, a, b)
+		minutes := func(n int) {
+			for range n * 60 {
+				later += time.Second
+				if _, err := c.Write([]byte("x")); err != nil {
+					t.Fatal(err)
+				}
+				settle(t, a, b)
+			}
+		}
+		minutes(1) // the first connection's flow group does ask: nothing is heard there any more
+		before := asked()
+		minutes(2)
+		if n := asked() - before; n != 0 {
+			t.Errorf("%v was asked for %d times in two minutes of traffic, want 0", remote, n)
+		}
 	}
 }

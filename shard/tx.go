@@ -154,7 +154,10 @@ func (f *txFrame) vnet(gso *stack.GSO, payload int) {
 // so a request would cost two frames.
 //
 // An ACK with SACK blocks is kept, and so is a duplicate ACK that no data
-// follows: both tell the peer about a loss (RFC 2018, RFC 5681 section 2).
+// follows: both tell the peer about a loss (RFC 2018, RFC 5681 section 2). So is
+// one before a segment that was sent earlier: a retransmission or the probe of a
+// closed window is dropped with its ACK when the peer has it (RFC 9293 section
+// 3.10.7.4).
 func (t *txQueue) supersede(f *txFrame, payload int) {
 	tcp := header.TCP(f.b[f.l4:])
 	if len(tcp) < header.TCPMinimumSize {
@@ -166,7 +169,8 @@ func (t *txQueue) supersede(f *txFrame, payload int) {
 		old := t.frames[i]
 		if f.sameFlow(old) {
 			ack, oldAck := seqnum.Value(tcp.AckNumber()), seqnum.Value(header.TCP(old.b[old.l4:]).AckNumber())
-			if tcp.Flags().Contains(header.TCPFlagAck) && (oldAck.LessThan(ack) || (oldAck == ack && !pure)) {
+			seq, next := seqnum.Value(tcp.SequenceNumber()), seqnum.Value(header.TCP(old.b[old.l4:]).SequenceNumber())
+			if tcp.Flags().Contains(header.TCPFlagAck) && !seq.LessThan(next) && (oldAck.LessThan(ack) || (oldAck == ack && !pure)) {
 				t.give(old)
 				t.frames[i] = nil
 				t.stats.AcksSuperseded++

@@ -15,6 +15,7 @@ import (
 // segment describes a TCP packet that a stack sends.
 type segment struct {
 	port    uint16 // of the peer
+	seq     uint32
 	ack     uint32
 	flags   header.TCPFlags
 	payload int
@@ -33,7 +34,7 @@ func (s segment) packet() *stack.PacketBuffer {
 	})
 	tcp := header.TCP(pkt.TransportHeader().Push(header.TCPMinimumSize + len(s.options)))
 	tcp.Encode(&header.TCPFields{
-		SrcPort: 7, DstPort: s.port, AckNum: s.ack, Flags: s.flags,
+		SrcPort: 7, DstPort: s.port, SeqNum: s.seq, AckNum: s.ack, Flags: s.flags,
 		DataOffset: uint8(header.TCPMinimumSize + len(s.options)),
 	})
 	copy(tcp[header.TCPMinimumSize:], s.options)
@@ -66,6 +67,8 @@ func TestSupersededACKs(t *testing.T) {
 		{"data is no pure ACK", []segment{{ack: 5, flags: ack, payload: 1}, {ack: 6, flags: ack}}, []int{0, 1}},
 		{"RST without ACK", []segment{{ack: 5, flags: ack}, {ack: 9, flags: header.TCPFlagRst}}, []int{0, 1}},
 		{"ECN echo is kept", []segment{{ack: 5, flags: ack | header.TCPFlags(0x40)}, {ack: 6, flags: ack, payload: 1}}, []int{0, 1}},
+		{"the probe of a closed window", []segment{{seq: 9, ack: 5, flags: ack}, {seq: 8, ack: 5, flags: ack, payload: 1}}, []int{0, 1}},
+		{"a retransmission", []segment{{seq: 2, ack: 6, flags: ack}, {seq: 1<<32 - 1, ack: 6, flags: ack, payload: 3}}, []int{0, 1}},
 		{"another flow", []segment{{port: 1, ack: 5, flags: ack}, {port: 2, ack: 6, flags: ack, payload: 1}}, []int{0, 1}},
 		{"another flow in the same slot", []segment{{port: 1, ack: 5, flags: ack}, {port: 1 + ackSlots, ack: 6, flags: ack, payload: 1}}, []int{0, 1}},
 		{"two flows at once", []segment{

@@ -60,9 +60,10 @@ func (set *Set) isOurs(a netip.Addr) bool {
 }
 
 // mayBePeer reports whether packets may come from an address, and go to it as to
-// a single host: RFC 1122 section 3.2.1.3, RFC 4291 section 2.
+// a single host: RFC 1122 section 3.2.1.3, RFC 4291 section 2. No packet has an
+// IPv4-mapped address (RFC 6890 table 20): to sockets it would be an IPv4 peer.
 func (set *Set) mayBePeer(a netip.Addr) bool {
-	if !a.IsGlobalUnicast() && !a.IsLinkLocalUnicast() { // those leave out the limited broadcast
+	if a.Is4In6() || !a.IsGlobalUnicast() && !a.IsLinkLocalUnicast() { // those leave out the limited broadcast
 		return false
 	}
 	return !slices.ContainsFunc(set.cfg.Addrs, func(p netip.Prefix) bool { return p.Addr() == a || isBroadcast(p, a) })

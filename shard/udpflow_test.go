@@ -122,6 +122,7 @@ func TestDatagramTakesShortWay(t *testing.T) {
 		{"IPv4", 0, plain4, true, true},
 		{"IPv6", 0, plain6, true, true},
 		{"IPv4 from beyond the link", 0, func() []byte { return source4("192.0.2.1") }, true, true},
+		{"IPv6 from an IPv4 address", 0, func() []byte { return source6("::ffff:192.0.2.1") }, false, false},
 		{"IPv6 link-local", 0, func() []byte { return source6("fe80::9") }, true, true},
 		{"empty", 0, func() []byte { return datagramOf(b, from4, to4, nil) }, true, true},
 		{"padding behind the packet", 0, func() []byte { return append(plain4(), 0, 0, 0) }, true, true},
