@@ -31,6 +31,7 @@ func (b *bench) environment() environment {
 		SampleSec:  b.duration.Seconds(),
 		MTU:        standardMTU,
 		Congestion: congestion(),
+		PageLists:  pageLists(),
 		RPS:        b.rps,
 	}
 	for _, r := range b.rows {
@@ -49,6 +50,14 @@ func (b *bench) environment() environment {
 	cpuinfo, _ := os.ReadFile("/proc/cpuinfo")
 	env.CPU, env.TSCHz = parseCPUInfo(cpuinfo)
 	return env
+}
+
+// pageLists returns what bounds each CPU's list of free pages; 0: they grow with the load,
+// and frames that are written then come to lie in cold memory.
+func pageLists() int {
+	b, _ := os.ReadFile("/proc/sys/vm/percpu_pagelist_high_fraction")
+	n, _ := strconv.Atoi(strings.TrimSpace(string(b)))
+	return n
 }
 
 // parseCPUInfo returns the first CPU's model and, on x86, the TSC's rate: there BogoMIPS is

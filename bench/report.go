@@ -40,7 +40,8 @@ type environment struct {
 	SampleSec  float64 `json:"sample_seconds"`
 	MTU        int     `json:"mtu"`
 	Congestion string  `json:"congestion,omitempty"` // control of the kernel's TCP
-	RPS        bool    `json:"rps,omitempty"`        // numastack has HostCPUs
+	PageLists  int     `json:"percpu_pagelist_high_fraction,omitempty"`
+	RPS        bool    `json:"rps,omitempty"` // numastack has HostCPUs
 	// Only where rows use them.
 	HTTPClient string `json:"http_client,omitempty"` // "wrk", or "bench" where it is not installed
 	IdleConns  int    `json:"idle_conns,omitempty"`

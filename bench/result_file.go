@@ -102,10 +102,17 @@ const rpsText = "receive packet steering to the client's CPU"
 // where says in a line on what, when and with which versions the figures were taken.
 func (env environment) where() string { return env.machine() + ", " + env.versions() }
 
+func (env environment) pageListsText() string {
+	return fmt.Sprintf("vm.percpu_pagelist_high_fraction=%d", env.PageLists)
+}
+
 func (env environment) machine() string {
 	where := fmt.Sprintf("%s, %d CPUs, Linux %s", env.CPU, env.CPUs, env.Kernel)
 	if env.Congestion != "" {
 		where += ", TCP of the kernel with " + env.Congestion
+	}
+	if env.PageLists != 0 {
+		where += ", " + env.pageListsText()
 	}
 	if env.RPS {
 		where += ", numastack with " + rpsText

@@ -33,6 +33,9 @@ func (rep *report) writeTable(w io.Writer) error {
 	if env.Congestion != "" {
 		fmt.Fprintf(&b, "the kernel's TCP, client and server, with %s\n", env.Congestion)
 	}
+	if env.PageLists != 0 {
+		fmt.Fprintln(&b, env.pageListsText())
+	}
 	if env.RPS {
 		fmt.Fprintf(&b, "numastack with %s\n", rpsText)
 	}

@@ -55,6 +55,8 @@ type block struct {
 	b    []byte // the same
 	end  int    // bytes written; final once next is set, and for the reader only then
 	next atomic.Pointer[block]
+
+	given bool // was appended: says nothing about the sizes of writes
 }
 
 // Small blocks, which are never handed over, keep their memory in the pool.
@@ -87,6 +89,7 @@ func blockOf(v *buffer.View) *block {
 
 func (b *block) free() {
 	b.end = 0
+	b.given = false
 	b.next.Store(nil)
 	if len(b.b) == smallBlock && !viewSharesChunk(b.view) {
 		smallBlocks.Put(b)
@@ -115,7 +118,7 @@ func (r *byteRing) write(b []byte) int {
 	for len(b) > 0 {
 		if r.last == nil || r.last.end == len(r.last.b) {
 			size := largeBlock
-			if r.last == nil {
+			if r.last == nil || r.last.given {
 				size = len(b)
 			}
 			r.link(newBlock(size))
@@ -132,6 +135,7 @@ func (r *byteRing) write(b []byte) int {
 // fits or not. Writer only.
 func (r *byteRing) append(b *block) {
 	n := b.end
+	b.given = true
 	r.begin(largeBlock)
 	r.link(b)
 	r.commit(n)
@@ -177,6 +181,10 @@ func (r *byteRing) link(b *block) {
 func (r *byteRing) commit(n int) {
 	r.tail.Store((r.tail.Load()>>tailShift + uint64(n)) << tailShift)
 }
+
+// writing reports whether a write is going on, whose bytes do not count yet. Either side
+// may call it.
+func (r *byteRing) writing() bool { return r.tail.Load()&tailWriting != 0 }
 
 // read fills b with what waits and returns how much that was. Reader only.
 func (r *byteRing) read(b []byte) int {

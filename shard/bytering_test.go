@@ -196,3 +196,28 @@ func TestByteRingReleaseThreads(t *testing.T) {
 		}
 	}
 }
+
+// memory returns the size of the blocks that wait in a ring.
+func (r *byteRing) memory() (bytes int) {
+	b := r.first
+	if b == nil {
+		b = r.fresh
+	}
+	for ; b != nil; b = b.next.Load() {
+		bytes += len(b.b)
+	}
+	return bytes
+}
+
+// TestByteRingOfPieces: what is appended does not make the writes between it large.
+func TestByteRingOfPieces(t *testing.T) {
+	r := new(byteRing)
+	r.limit.Store(netRing)
+	for r.free() > lendLimit {
+		r.append(blockOf(fullViewOf(noise(lendLimit))))
+		r.write([]byte("x"))
+	}
+	if n := r.memory(); n > 2*netRing {
+		t.Errorf("%d bytes wait in %d bytes of blocks, want at most %d", r.len(), n, 2*netRing)
+	}
+}

@@ -82,9 +82,11 @@ type Conn struct {
 	abort     bool
 	done      bool
 
-	sendBuffer int           // bytes, of a connection to a near peer
-	failure    error         // what a Write was told; gVisor tells it once
-	orphanFor  time.Duration // how long it waits for its peer once closed; 0: orphanTime
+	sendBuffer    int           // bytes, of a connection to a near peer
+	receiveBuffer int           // the same
+	ownWindow     bool          // the application has chosen it
+	failure       error         // what a Write was told; gVisor tells it once
+	orphanFor     time.Duration // how long it waits for its peer once closed; 0: orphanTime
 }
 
 // connList is the ring of a group's connections, with itself as the sentinel.
@@ -156,6 +158,12 @@ func (c *Conn) serve(s *Shard) {
 		c.followPath()
 		c.g.addFlow(c)
 		c.h.Open(c)
+	}
+	if c.flow.bulk {
+		c.shareWindow()
+	}
+	if events&waiter.WritableEvents != 0 {
+		c.setFull(false) // until the next short write
 	}
 	if c.served != nil {
 		c.serving = false
@@ -280,6 +288,7 @@ func (c *Conn) tune(s *Shard) {
 	if err := c.ep.GetSockOpt(info); err == nil && info.RTT > 0 && info.RTT < nearRTT {
 		c.near = true
 		c.sendBuffer = s.set.cfg.SendBuffer
+		c.setReceiveBuffer(min(s.set.cfg.ReceiveBuffer, minReceiveShare))
 		c.ep.SocketOptions().SetSendBufferSize(int64(c.sendBuffer), true)
 	}
 }
@@ -336,6 +345,7 @@ func (c *Conn) CloseWrite() error {
 		return net.ErrClosed
 	}
 	c.push() // gVisor would send the FIN first
+	c.setFull(false)
 	return errno(c.ep.Shutdown(tcpip.ShutdownWrite))
 }
 

@@ -176,7 +176,12 @@ func TestResetIsNoEnd(t *testing.T) {
 // order, and what arrived before it can still be read. The side that was first
 // learns of it when TIME_WAIT is over.
 func TestBothSidesSayGoodbye(t *testing.T) {
-	half := func(c *Conn) { _ = c.CloseWrite() }
+	half := func(c *Conn) {
+		_ = c.CloseWrite()
+		if n, err := c.Write([]byte("late")); n != 0 || !errors.Is(err, syscall.EPIPE) { // and no reason for the end
+			t.Errorf("Write after CloseWrite = %d, %v; want 0 and EPIPE", n, err)
+		}
+	}
 	for _, test := range []struct {
 		name     string
 		answer   func(*Conn) // on the peer's FIN

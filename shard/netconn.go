@@ -225,7 +225,7 @@ func (n *NetConn) ReadFrom(r io.Reader) (int64, error) {
 	}
 }
 
-// WriteBlock is Write of all bytes of a block, without a copy.
+// WriteBlock is Write of all bytes of a block, without a copy of larger ones.
 func (n *NetConn) WriteBlock(b *Block) (int, error) {
 	n.writeMu.Lock()
 	defer n.writeMu.Unlock()
@@ -234,10 +234,14 @@ func (n *NetConn) WriteBlock(b *Block) (int, error) {
 			return done, n.opError("write", err)
 		}
 		if room := min(n.out.free(), b.Len()-done); room > 0 {
-			v := b.view.Clone()
-			v.TrimFront(done)
-			v.CapLength(room)
-			n.out.append(blockOf(v))
+			if room < lendLimit { // the shard would copy it anyway, and a piece has its overhead
+				n.out.write(b.view.AsSlice()[done : done+room])
+			} else {
+				v := b.view.Clone()
+				v.TrimFront(done)
+				v.CapLength(room)
+				n.out.append(blockOf(v))
+			}
 			done += room
 			n.kick()
 		}
@@ -545,7 +549,7 @@ func (n *NetConn) drain() {
 	if moved > 0 {
 		n.writable.give()
 	}
-	if n.out.len() > 0 {
+	if n.out.writing() || n.out.len() > 0 { // a write may have begun before Close
 		return
 	}
 	n.out.release()

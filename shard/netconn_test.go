@@ -468,3 +468,66 @@ func TestNetConnLends(t *testing.T) {
 		t.Error("the netstack still has what was acknowledged")
 	}
 }
+
+// TestSmallBlocksAndWrites: small blocks take no more memory than writes of the same
+// bytes, also between such writes to a peer that does not read.
+func TestSmallBlocksAndWrites(t *testing.T) {
+	a, b := startPair(t, smallBuffers)
+	client, server := netPair(t, a, b)
+	piece := NewBlock(noise(20))
+	want := append(noise(20), noise(20)...)
+	_ = client.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
+	wrote := 0
+	for {
+		n, err := client.WriteBlock(piece)
+		wrote += n
+		if err == nil {
+			n, err = client.Write(noise(20))
+			wrote += n
+		}
+		if err != nil {
+			break
+		}
+	}
+	memory, waiting := 0, client.out.len()
+	a.shards[0].do(func(*Shard) { memory = client.out.memory() })
+	if waiting < netRing/2 || memory > 2*netRing {
+		t.Errorf("%d bytes wait in %d bytes of blocks, want at most %d", waiting, memory, 2*netRing)
+	}
+	got := make([]byte, len(want))
+	for read := 0; read+len(got) <= wrote; read += len(got) {
+		if _, err := io.ReadFull(server, got); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want) {
+			t.Fatalf("bytes from %d on are not what was written", read)
+		}
+	}
+}
+
+// TestCloseWaitsForWrite: bytes of a write that has begun before Close or CloseWrite
+// are not lost behind the FIN.
+func TestCloseWaitsForWrite(t *testing.T) {
+	for name, end := range map[string]func(*NetConn) error{"Close": (*NetConn).Close, "CloseWrite": (*NetConn).CloseWrite} {
+		t.Run(name, func(t *testing.T) {
+			a, b := startPair(t, nil)
+			client, server := netPair(t, a, b)
+			const last = "the last words"
+			client.out.begin(len(last)) // the write is under way
+			if err := end(client); err != nil {
+				t.Fatal(err)
+			}
+			for range 3 { // turns in which the shard looks
+				client.kick()
+				a.shards[0].do(func(*Shard) {})
+			}
+			client.out.link(newBlock(len(last)))
+			client.out.last.end = copy(client.out.last.b, last)
+			client.out.commit(len(last))
+			client.kick()
+			if got, err := io.ReadAll(server); string(got) != last || err != nil {
+				t.Errorf("the peer reads %q, %v; want %q and the end", got, err, last)
+			}
+		})
+	}
+}

@@ -124,6 +124,7 @@ func (n *NetConn) SetReadBuffer(bytes int) error {
 	}
 	return n.setOption(func(c *Conn) tcpip.Error {
 		n.in.limit.Store(ringLimit(bytes))
+		c.ownWindow = true
 		c.ep.SocketOptions().SetReceiveBufferSize(clampBuffer(bytes, c.g.shard.set.cfg.ReceiveBuffer), true)
 		return nil
 	})

@@ -102,8 +102,10 @@ func (c *Conn) room() (int, error) {
 		c.setFull(true)
 		c.wantWrite = true
 		return 0, nil
+	case *tcpip.ErrClosedForSend: // by CloseWrite: no failure
+		return 0, errno(err)
 	default:
-		c.failure = cmp.Or(c.failure, errno(err))
+		c.failure = cmp.Or(c.failure, errno(err)) // gVisor tells it once
 		return 0, errno(err)
 	}
 }

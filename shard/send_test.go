@@ -2,11 +2,13 @@ package shard
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"testing"
 	"time"
@@ -353,6 +355,20 @@ func TestFullBuffersAreCounted(t *testing.T) {
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
+
+	dial = serve(t, a, b, func(c net.Conn) {
+		_ = c.SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
+		_, err := c.Write(make([]byte, size))
+		wrote <- err
+		_, _ = c.Read(make([]byte, 1))
+	})
+	c = dial()
+	eventually(t, "full buffer of a write with a deadline", func() bool { return full() == 1 })
+	if err := <-wrote; !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("the write ended with %v, want its deadline", err)
+	}
+	inBackground(t, func() { _, _ = io.Copy(io.Discard, c) }, c.(*NetConn))
+	eventually(t, "room for what was written", func() bool { return full() == 0 })
 
 	l, err := b.ListenNet([]netip.Addr{addrB}, 0, 4)
 	if err != nil {

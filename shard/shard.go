@@ -53,7 +53,8 @@ type Shard struct {
 	rx           rxBuffers
 	wakeList     []*Shard // shards that got a frame in this burst
 	scratch      *scratch
-	fullBuffers  int                      // connections whose send buffer is full
+	fullBuffers  int // connections whose send buffer is full
+	bulk         bulkCount
 	unsent       []*Conn                  // connections that something was written to in this turn
 	owed         []*Conn                  // connections that received something in this turn
 	delayed      delayedAckQueue          // those whose peers wait for an acknowledgement

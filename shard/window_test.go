@@ -1,0 +1,73 @@
+package shard
+
+import (
+	"net/netip"
+	"testing"
+	"time"
+)
+
+// TestReceiveShare: a stream alone has the whole receive buffer, many share it, who
+// sends requests has a small one, and what the application has chosen stays.
+func TestReceiveShare(t *testing.T) {
+	a, b := steppedPair(t)
+	later := time.Duration(0)
+	for _, s := range []*Shard{a, b} {
+		readClock := s.readClock
+		s.readClock = func() int64 { return readClock() + int64(later) }
+	}
+	b.set.cfg.ReceiveBuffer = 2 << 20
+	var servers []*Conn
+	received := 0
+	listenStepped(t, b, 7, &testHandler{
+		open: func(c *Conn) { servers = append(servers, c) },
+		data: func(_ *Conn, p []byte) int { received += len(p); return len(p) },
+	})
+	const conns = 8
+	var clients []*Conn
+	for range conns {
+		clients = append(clients, dialStepped(t, a, netip.AddrPortFrom(addrB, 7), &testHandler{}))
+		settle(t, a, b)
+	}
+	sent := 0
+	stream := func(size int, clients ...*Conn) { // for some periods
+		t.Helper()
+		for range 5 {
+			for _, c := range clients {
+				n, err := c.Write(make([]byte, size))
+				if n != size || err != nil {
+					t.Fatalf("Write = %d, %v", n, err)
+				}
+				sent += size
+				settle(t, a, b)
+			}
+			later += time.Duration(bulkPeriod)
+		}
+	}
+	whole := b.set.cfg.ReceiveBuffer
+	want := func(what string, c *Conn, size int) {
+		t.Helper()
+		if got := int(c.ep.SocketOptions().GetReceiveBufferSize()); got != size {
+			t.Errorf("%s: receive buffer of %d bytes, want %d", what, got, size)
+		}
+	}
+	const frames = 200_000
+	want("nothing received", servers[0], minReceiveShare)
+	stream(1000, clients...)
+	want("requests", servers[0], minReceiveShare)
+	stream(frames, clients[0])
+	want("one stream", servers[0], whole)
+	want("beside it", servers[1], minReceiveShare)
+	stream(frames, clients[:2]...)
+	want("two streams", servers[0], whole/2)
+	stream(frames, clients[:3]...)
+	want("three streams", servers[2], whole/4)
+	servers[1].ownWindow = true
+	stream(frames, clients...)
+	want("eight streams", servers[0], minReceiveShare)
+	want("eight streams, chosen by the application", servers[1], whole/4)
+	stream(frames, clients[7])
+	want("one stream again", servers[7], whole)
+	if received != sent {
+		t.Errorf("%d of %d bytes arrived", received, sent)
+	}
+}
