@@ -10,16 +10,17 @@ import (
 // are shared, so less than half tells of a mistake, and more tells nothing.
 const minShare = 0.5
 
-// minShareElsewhere is minShare where the file is of another model of CPU. Caches make bulk
-// rows differ most: bulk_out_8 was 83 times as fast as gVisor on an AMD EPYC, and 32 times on
-// an Intel Xeon of the same day.
+// minShareElsewhere is minShare where the file is of another model of CPU, or of a kernel
+// with another bound for its lists of free pages. Caches make bulk rows differ most:
+// bulk_out_8 was 83 times as fast as gVisor on an AMD EPYC, and 32 times on an Intel Xeon of
+// the same day.
 const minShareElsewhere = 0.25
 
 // shortfalls returns the rows whose ratio to gVisor is under minShare of that in base, and why.
 // Absolute figures are not looked at.
 func (rep *report) shortfalls(base *report) (rows, why []string, err error) {
 	share := minShare
-	if rep.Environment.CPU != base.Environment.CPU {
+	if here, there := rep.Environment, base.Environment; here.CPU != there.CPU || here.PageLists != there.PageLists {
 		share = minShareElsewhere
 	}
 	compared := 0

@@ -33,9 +33,11 @@ func TestShortfalls(t *testing.T) {
 			t.Errorf("%s: %v (%v), error %v, want %v", tt.name, rows, why, err, tt.want)
 		}
 	}
-	elsewhere := &report{Environment: environment{CPU: "B"}, Rows: []rowReport{row("higher", betterHigher, 2, 1), row("lower", betterLower, 401, 1000)}}
-	if rows, _, err := elsewhere.shortfalls(base); err != nil || !slices.Equal(rows, []string{"lower"}) {
-		t.Errorf("another CPU: %v, error %v, want lower alone, by a quarter", rows, err)
+	for what, env := range map[string]environment{"another CPU": {CPU: "B"}, "other page lists": {CPU: "A", PageLists: 8}} {
+		elsewhere := &report{Environment: env, Rows: []rowReport{row("higher", betterHigher, 2, 1), row("lower", betterLower, 401, 1000)}}
+		if rows, _, err := elsewhere.shortfalls(base); err != nil || !slices.Equal(rows, []string{"lower"}) {
+			t.Errorf("%s: %v, error %v, want lower alone, by a quarter", what, rows, err)
+		}
 	}
 	for _, rows := range [][]rowReport{nil, {row("new", betterHigher, 1, 1)}, base.Rows[2:]} {
 		if _, _, err := (&report{Rows: rows}).shortfalls(base); err == nil {

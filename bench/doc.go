@@ -136,7 +136,7 @@
 //	-capacity FILE     what one core carries, how many a link needs, by measured costs
 //
 // With -check FILE a run fails when a ratio to gVisor is under half of the file's, or
-// under a quarter where that is of another model of CPU.
+// under a quarter where that is of another model of CPU or has other page lists.
 //
 // # Demo
 //

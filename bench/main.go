@@ -119,7 +119,7 @@ func parseOptions(args []string, usage io.Writer) (options, error) {
 	fs.StringVar(&o.apps, "apps", "", "`folder` with the built applications echo, httpd and iperf3 (default: build them with go build)")
 	fs.StringVar(&o.profiles, "cpuprofile", "", "also write a CPU profile of every server into `folder`, as ROW-PEER.pprof; of many rounds the last one's")
 	fs.StringVar(&o.out, "out", "", "also write the result as JSON to `file`")
-	fs.StringVar(&checkFile, "check", "", "fail when a ratio to gvisor is under half of that in the result `file`, a quarter if it is of another CPU")
+	fs.StringVar(&checkFile, "check", "", "fail when a ratio to gvisor is under half of that in the result `file`, a quarter if it is of another CPU or has other page lists")
 	fs.StringVar(&o.compare, "compare", "", "instead of measuring, compare the result `file` with the newer one named after the flags")
 	fs.StringVar(&o.plot, "plot", "", "instead of measuring, draw the result file named after the flags into `folder`, as SVG and PNG")
 	fs.StringVar(&o.markdown, "markdown", "", "instead of measuring, print the tables of the result `file` as Markdown")
