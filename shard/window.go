@@ -56,7 +56,8 @@ func (c *Conn) shareWindow() {
 	}
 	b, whole := &c.g.shard.bulk, c.g.set.cfg.ReceiveBuffer
 	streams := uint(max(b.last, b.now, 1))
-	share := min(whole, max(whole>>bits.Len(streams-1), minReceiveShare)) // in steps, so that it seldom changes
+	// In steps, so that it seldom changes; and the window has room for four segments.
+	share := min(whole, max(whole>>bits.Len(streams-1), minReceiveShare, 8*sending(c.ep).MaxPayloadSize))
 	if share != c.receiveBuffer {
 		c.setReceiveBuffer(share)
 	}

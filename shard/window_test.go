@@ -62,7 +62,9 @@ func TestReceiveShare(t *testing.T) {
 	stream(frames, clients[:3]...)
 	want("three streams", servers[2], whole/4)
 	servers[1].ownWindow = true
+	sending(servers[2].ep).MaxPayloadSize = 60_000
 	stream(frames, clients...)
+	want("eight streams, large segments", servers[2], 8*60_000)
 	want("eight streams", servers[0], minReceiveShare)
 	want("eight streams, chosen by the application", servers[1], whole/4)
 	stream(frames, clients[7])
