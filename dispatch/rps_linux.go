@@ -42,7 +42,7 @@ func (d *Device) hostCPUChanges(cpus []int, tap *netlink.Tuntap) (changes []chan
 					_ = writeMask(tap, i, present) // the error that matters is the first one
 				}
 				if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOVERFLOW) {
-					err = fmt.Errorf("HostCPUs: %w; want CPUs that are online", err)
+					err = fmt.Errorf("HostCPUs: %w; want CPUs that are online and not isolated", err)
 				}
 				return err
 			},
@@ -53,7 +53,7 @@ func (d *Device) hostCPUChanges(cpus []int, tap *netlink.Tuntap) (changes []chan
 }
 
 // checkMask reads back what the kernel made of a mask: it leaves out CPUs that
-// are offline.
+// are offline or isolated from its work (isolcpus).
 func checkMask(tap *netlink.Tuntap, queue int, want *big.Int) error {
 	got, err := readMask(tap, queue)
 	if err == nil && got.Cmp(want) != 0 {

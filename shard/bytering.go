@@ -182,6 +182,10 @@ func (r *byteRing) commit(n int) {
 	r.tail.Store((r.tail.Load()>>tailShift + uint64(n)) << tailShift)
 }
 
+// announce says that a write is about to begin, and cancel that it is not. Writer only.
+func (r *byteRing) announce() { r.tail.Or(tailWriting) }
+func (r *byteRing) cancel()   { r.tail.And(^uint64(tailWriting)) }
+
 // writing reports whether a write is going on, whose bytes do not count yet. Either side
 // may call it.
 func (r *byteRing) writing() bool { return r.tail.Load()&tailWriting != 0 }

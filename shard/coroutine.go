@@ -227,9 +227,7 @@ func (co *ServedConn) Read(b []byte) (int, error) {
 		r, err := co.c.ep.Read(fill, tcpip.ReadOptions{})
 		fill.b = nil
 		if err == nil {
-			if !co.c.near {
-				co.c.ep.ModerateRecvBuf(r.Count)
-			}
+			co.c.received(r.Count)
 			return r.Count, nil
 		}
 		switch err.(type) {

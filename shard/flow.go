@@ -26,9 +26,6 @@ type flow struct {
 
 	confirmed int64 // when it has confirmed its neighbor
 
-	bulkPeriod uint32 // the last one of Shard.bulk in which it received a stream
-	bulk       bool   // it has, since it looked at its window
-
 	// The acknowledgement of what has arrived.
 	waiting int   // segments with data that came since nothing was unacknowledged
 	owed    bool  // in Shard.owed
@@ -135,9 +132,6 @@ func (g *Group) deliverSegment(c *Conn, p *dispatch.Parsed, frame []byte, pkt *s
 	}
 	if n := p.Length - int(p.Payload); n > 0 {
 		f.waiting++
-		if n >= bulkFrame {
-			g.shard.receivedBulk(c)
-		}
 		switch seq := seqnum.Value(header.TCP(frame[p.L4:]).SequenceNumber()); {
 		case seq == f.next:
 			f.next.UpdateForward(seqnum.Size(n))

@@ -176,12 +176,14 @@ func (n *NetConn) Write(b []byte) (int, error) {
 	defer n.writeMu.Unlock()
 	done := 0
 	for {
-		if err := n.notWritable(); err != nil {
+		if err := n.beginWrite(); err != nil {
 			return done, n.opError("write", err)
 		}
 		if took := n.out.write(b[done:]); took > 0 {
 			done += took
 			n.kick()
+		} else {
+			n.cancelWrite()
 		}
 		if done == len(b) {
 			return done, nil
@@ -230,20 +232,23 @@ func (n *NetConn) WriteBlock(b *Block) (int, error) {
 	n.writeMu.Lock()
 	defer n.writeMu.Unlock()
 	for done := 0; ; {
-		if err := n.notWritable(); err != nil {
+		if err := n.beginWrite(); err != nil {
 			return done, n.opError("write", err)
 		}
-		if room := min(n.out.free(), b.Len()-done); room > 0 {
-			if room < lendLimit { // the shard would copy it anyway, and a piece has its overhead
-				n.out.write(b.view.AsSlice()[done : done+room])
-			} else {
-				v := b.view.Clone()
-				v.TrimFront(done)
-				v.CapLength(room)
-				n.out.append(blockOf(v))
-			}
+		room := min(n.out.free(), b.Len()-done)
+		if room < lendLimit { // the shard would copy it anyway, and a piece has its overhead
+			room = n.out.write(b.view.AsSlice()[done : done+max(room, 0)])
+		} else {
+			v := b.view.Clone()
+			v.TrimFront(done)
+			v.CapLength(room)
+			n.out.append(blockOf(v))
+		}
+		if room > 0 {
 			done += room
 			n.kick()
+		} else {
+			n.cancelWrite()
 		}
 		if done == b.Len() {
 			return done, nil
@@ -257,7 +262,7 @@ func (n *NetConn) writeBlock(b *block) error {
 	n.writeMu.Lock()
 	defer n.writeMu.Unlock()
 	for {
-		if err := n.notWritable(); err != nil {
+		if err := n.beginWrite(); err != nil {
 			return err
 		}
 		// In a ring that was made smaller than the block it takes all of it.
@@ -267,7 +272,27 @@ func (n *NetConn) writeBlock(b *block) error {
 			n.kick()
 			return nil
 		}
+		n.cancelWrite()
 		n.awaitRoom(room)
+	}
+}
+
+// beginWrite lets Close and CloseWrite wait for a write, up to its commit or
+// cancelWrite, or returns why there is none. The caller holds writeMu.
+func (n *NetConn) beginWrite() error {
+	n.out.announce() // first: drain looks in the other order
+	err := n.notWritable()
+	if err != nil {
+		n.cancelWrite()
+	}
+	return err
+}
+
+// cancelWrite ends a write that has put nothing into the ring.
+func (n *NetConn) cancelWrite() {
+	n.out.cancel()
+	if n.closed.Load() || n.closedWrite.Load() {
+		n.kick() // the shard may have waited
 	}
 }
 
@@ -549,7 +574,7 @@ func (n *NetConn) drain() {
 	if moved > 0 {
 		n.writable.give()
 	}
-	if n.out.writing() || n.out.len() > 0 { // a write may have begun before Close
+	if n.out.writing() || n.out.len() > 0 { // a write that began before Close tells when it is over
 		return
 	}
 	n.out.release()

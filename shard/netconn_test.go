@@ -508,12 +508,24 @@ func TestSmallBlocksAndWrites(t *testing.T) {
 // TestCloseWaitsForWrite: bytes of a write that has begun before Close or CloseWrite
 // are not lost behind the FIN.
 func TestCloseWaitsForWrite(t *testing.T) {
-	for name, end := range map[string]func(*NetConn) error{"Close": (*NetConn).Close, "CloseWrite": (*NetConn).CloseWrite} {
-		t.Run(name, func(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		end    func(*NetConn) error
+		cancel bool // the write has nothing to write
+	}{
+		{"Close", (*NetConn).Close, false},
+		{"CloseWrite", (*NetConn).CloseWrite, false},
+		{"Close, no bytes", (*NetConn).Close, true},
+		{"CloseWrite, no bytes", (*NetConn).CloseWrite, true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			end, cancel := test.end, test.cancel
 			a, b := startPair(t, nil)
 			client, server := netPair(t, a, b)
-			const last = "the last words"
-			client.out.begin(len(last)) // the write is under way
+			last := "the last words"
+			if err := client.beginWrite(); err != nil { // the write is under way
+				t.Fatal(err)
+			}
 			if err := end(client); err != nil {
 				t.Fatal(err)
 			}
@@ -521,10 +533,13 @@ func TestCloseWaitsForWrite(t *testing.T) {
 				client.kick()
 				a.shards[0].do(func(*Shard) {})
 			}
-			client.out.link(newBlock(len(last)))
-			client.out.last.end = copy(client.out.last.b, last)
-			client.out.commit(len(last))
-			client.kick()
+			if cancel {
+				last = ""
+				client.cancelWrite()
+			} else {
+				client.out.write([]byte(last))
+				client.kick()
+			}
 			if got, err := io.ReadAll(server); string(got) != last || err != nil {
 				t.Errorf("the peer reads %q, %v; want %q and the end", got, err, last)
 			}

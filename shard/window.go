@@ -11,59 +11,73 @@ import (
 // 8 and more with 128 KiB each.
 
 const (
-	// bulkFrame is the payload in bytes from which on a frame is of a stream, rather
-	// than a request or its answer.
-	bulkFrame = 16 << 10
-
-	// bulkPeriod is for how long streams are counted. 128 of them send a frame each in
-	// a few milliseconds.
+	// bulkBytes is how many bytes a connection receives in a period that make it a
+	// stream. bulkPeriod gives 128 streams the time to come by.
+	bulkBytes  = 64 << 10
 	bulkPeriod = int64(20 * time.Millisecond)
 
-	// minReceiveShare is the smallest receive buffer that a stream comes to. The window
-	// is half of it.
+	// minReceiveShare is the receive buffer that connections begin with. The window is
+	// half of it.
 	minReceiveShare = 256 << 10
 )
 
-// bulkCount counts the connections of a shard that receive streams. Owned by the
-// shard.
+// bulkCount counts the streams that a shard receives. Owned by the shard.
 type bulkCount struct {
 	period    uint32 // its number
 	ends      int64
-	now, last int // connections in this period and in the one before
+	now, last int // streams in this period and in the one before
 }
 
-// receivedBulk notes that a connection got a frame of a stream.
-func (s *Shard) receivedBulk(c *Conn) {
-	b := &s.bulk
-	if s.now >= b.ends {
-		b.period++
-		b.ends = s.now + bulkPeriod
-		b.last, b.now = b.now, 0
-	}
-	if c.flow.bulkPeriod != b.period {
-		c.flow.bulkPeriod = b.period
-		b.now++
-	}
-	c.flow.bulk = true
-}
-
-// shareWindow sets the receive buffer of a connection with a near peer to its share
-// of what a single stream has.
-func (c *Conn) shareWindow() {
-	c.flow.bulk = false
-	if !c.near || c.ownWindow {
+// received adapts the window of a connection whose application has read n bytes: to
+// the distance of a far peer, to the number of streams from near ones.
+func (c *Conn) received(n int) {
+	if !c.near {
+		c.ep.ModerateRecvBuf(n)
 		return
 	}
-	b, whole := &c.g.shard.bulk, c.g.set.cfg.ReceiveBuffer
-	streams := uint(max(b.last, b.now, 1))
-	// In steps, so that it seldom changes; and the window has room for four segments.
-	share := min(whole, max(whole>>bits.Len(streams-1), minReceiveShare, 8*sending(c.ep).MaxPayloadSize))
-	if share != c.receiveBuffer {
-		c.setReceiveBuffer(share)
+	s := c.g.shard
+	b := &s.bulk
+	if s.now >= b.ends {
+		b.last = b.now
+		if s.now >= b.ends+bulkPeriod {
+			b.last = 0 // long ago
+		}
+		b.now = 0
+		b.ends = s.now + bulkPeriod
+		b.period++
+	}
+	if c.bulkPeriod != b.period {
+		c.bulkPeriod, c.bulkBytes = b.period, 0
+	}
+	before := c.bulkBytes
+	c.bulkBytes += n
+	if c.bulkBytes < bulkBytes {
+		return
+	}
+	if before < bulkBytes {
+		b.now++
+	}
+	if b.last > 0 && !c.ownWindow {
+		c.growWindow(max(b.last, b.now))
 	}
 }
 
-// setReceiveBuffer leaves it to the next acknowledgement to tell the peer.
+// growWindow lets the receive buffer grow to one of so many equal parts of what a single
+// stream has. It does not shrink: gVisor drops what exceeds the buffer, also what the
+// peer was promised a place for.
+func (c *Conn) growWindow(streams int) {
+	// In steps, so that it seldom changes; and the window has room for four segments.
+	whole := c.g.set.cfg.ReceiveBuffer
+	share := min(whole, max(whole>>bits.Len(uint(streams-1)), 8*sending(c.ep).MaxPayloadSize))
+	if share <= c.receiveBuffer {
+		return
+	}
+	c.setReceiveBuffer(share)
+	if c.unacknowledged() == 0 {
+		c.ack() // nothing else would tell the peer
+	}
+}
+
 func (c *Conn) setReceiveBuffer(size int) {
 	c.receiveBuffer = size
 	c.ep.SocketOptions().SetReceiveBufferSize(int64(size), false)

@@ -281,10 +281,11 @@ type Config struct {
 	// included, before the application has read them; both 4 KiB to 1 GiB.
 	// With a peer farther away than 2 ms they grow, to 4 MiB unless they are
 	// larger. Those to nearer peers share what the caches hold: send buffers that
-	// are full 32 MiB per shard, but at least 128 KiB each, and streams that come in
-	// one ReceiveBuffer, but at least 256 KiB each. Default 768 KiB and 2 MiB. A
-	// connection that is not read holds up to ReceiveBuffer; its large frames stay in
-	// the shard's RxBuffers, and when these are all held, others are copied.
+	// are full 32 MiB per shard, but at least 128 KiB each; and receive buffers begin
+	// with 256 KiB and grow to a part of ReceiveBuffer, by the number of streams that
+	// come in at once. Default 768 KiB and 2 MiB. A connection that is not read holds
+	// as much; its large frames stay in the shard's RxBuffers, and when these are all
+	// held, others are copied.
 	SendBuffer, ReceiveBuffer int
 	// RxBuffers is how many receive buffers of 64 KiB a shard makes at most.
 	// They are made when needed; without a free one, payload is copied, and

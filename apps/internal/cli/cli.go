@@ -52,7 +52,7 @@ func Flags(fs *flag.FlagSet) *Options {
 	fs.IntVar(&o.cfg.Shards, "shards", o.cfg.Shards, "`number` of shards (threads), 1 to 128")
 	fs.IntVar(&o.cfg.Groups, "groups", 0, "`number` of flow groups, from the number of shards to 128; 0: choose")
 	fs.Func("cpus", "CPU `list` for the shards, as in 0,2-3 (default the allowed ones in order)", cpus(&o.cfg.CPUs))
-	fs.Func("host-cpus", "CPU `list` where the kernel goes on with what the shards send (default the shard's own CPU)", cpus(&o.cfg.HostCPUs))
+	fs.Func("host-cpus", "CPU `list` where the kernel goes on with what the shards send (default as the device is, the shard's own CPU on a new one)", cpus(&o.cfg.HostCPUs))
 	fs.TextVar(&o.cfg.Profile, "profile", stack.ProfileClosest, "`name` of how shards spread over NUMA nodes: Closest, ClosestStatic, NUMA, NUMAStatic or Conservative")
 	fs.BoolVar(&o.plan, "plan", false, "print where the shards would be, and exit")
 	fs.IntVar(&o.cfg.MTU, "mtu", o.cfg.MTU, "largest IP packet in `bytes`, 576 to 65521")
