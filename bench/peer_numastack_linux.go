@@ -22,8 +22,8 @@ func (b *bench) numastackCommand(r row) (path string, args []string) {
 		"-tap", numastackTAP, "-addr", numastackServer + "/24", "-host", numastackClient + "/24",
 		"-mtu", strconv.Itoa(r.linkMTU()), "-shards", strconv.Itoa(max(r.shards, 1)), "-cpus", strconv.Itoa(b.serverCPU),
 	}
-	for _, cpu := range b.hostCPUs() {
-		args = append(args, "-host-cpus", strconv.Itoa(cpu))
+	if b.rps {
+		args = append(args, "-host-cpus", strconv.Itoa(b.clientCPU))
 	}
 	if path := os.Getenv(countersVar); path != "" {
 		args = append(args, "-stats-json", path)
@@ -42,15 +42,6 @@ func (b *bench) numastackCommand(r row) (path string, args []string) {
 		args = append(args, "-engine", engine, "-listen", ":"+strconv.Itoa(int(wellKnownPorts.http(r.door))))
 	}
 	return filepath.Join(b.apps, r.app()), args
-}
-
-// hostCPUs returns where the kernel is to go on with what numastack sends: nowhere in
-// particular without -rps.
-func (b *bench) hostCPUs() []int {
-	if !b.rps {
-		return nil
-	}
-	return []int{b.clientCPU}
 }
 
 // serveNumastack serves through one of the doors, on one shard on this process's first CPU.

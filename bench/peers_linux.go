@@ -65,9 +65,11 @@ func startPeer(ctx context.Context, name string, r row, b *bench) (*server, erro
 	if err != nil {
 		return nil, fmt.Errorf("find this program's file: %w", err)
 	}
-	arg, err := json.Marshal(serverSpec{
-		Peer: name, Door: r.door, MTU: r.linkMTU(), HostCPUs: b.hostCPUs(), Queue: r.queueLen(name), Profile: b.profile(name, r),
-	})
+	spec := serverSpec{Peer: name, Door: r.door, MTU: r.linkMTU(), Queue: r.queueLen(name), Profile: b.profile(name, r)}
+	if b.rps {
+		spec.HostCPUs = []int{b.clientCPU}
+	}
+	arg, err := json.Marshal(spec)
 	if err != nil {
 		return nil, fmt.Errorf("server specification: %w", err)
 	}

@@ -43,6 +43,18 @@ func (d *Device) configure(cfg *DeviceConfig) (err error) {
 	if err != nil {
 		return err
 	}
+	if len(cfg.HostCPUs) > 0 {
+		sys, err := openSysfs(tap)
+		if err != nil {
+			return fmt.Errorf("HostCPUs: %w", err)
+		}
+		defer func() { _ = sys.Close() }()
+		steering, err := d.hostCPUChanges(sys, cfg.HostCPUs)
+		if err != nil {
+			return fmt.Errorf("HostCPUs: %w", err)
+		}
+		changes = append(steering, changes...)
+	}
 
 	if d.created {
 		// Otherwise the link-local address is unusable for the second that
@@ -109,12 +121,6 @@ func (d *Device) differences(cfg *DeviceConfig, tap *netlink.Tuntap) ([]change, 
 		})
 	}
 
-	steering, err := d.hostCPUChanges(cfg.HostCPUs, tap)
-	if err != nil {
-		return nil, err
-	}
-	changes = append(changes, steering...)
-
 	present, err := d.hostAddrs(tap)
 	if err != nil {
 		return nil, err
@@ -168,11 +174,11 @@ func (d *Device) hostAddrs(tap *netlink.Tuntap) ([]netip.Prefix, error) {
 
 func (c *change) explain(err error) error {
 	switch {
-	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES) && strings.HasPrefix(c.command, "echo "):
-		return fmt.Errorf("%w; an administrator has to run: %s", err, c.command)
 	case errors.Is(err, unix.EACCES) && strings.HasSuffix(c.command, "nodad"):
 		// inet6_addr_add of net/ipv6/addrconf.c.
 		return fmt.Errorf("%s: %w; IPv6 is switched off on the device (sysctl net.ipv6.conf.*.disable_ipv6)", c.command, err)
+	case errors.Is(err, os.ErrPermission): // EPERM of netlink, EACCES of a file
+		return fmt.Errorf("%w; an administrator has to run: %s", err, c.command)
 	default:
 		return fmt.Errorf("%s: %w", c.command, err)
 	}

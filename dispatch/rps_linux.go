@@ -14,39 +14,37 @@ import (
 
 // hostCPUChanges has the kernel go on with what we send on cpus: receive packet
 // steering, for which each of our queues has a mask
-// (Documentation/networking/scaling.rst).
-func (d *Device) hostCPUChanges(cpus []int, tap *netlink.Tuntap) (changes []change, err error) {
-	if len(cpus) == 0 {
-		return nil, nil
-	}
+// (Documentation/networking/scaling.rst). The changes use sys.
+func (d *Device) hostCPUChanges(sys *os.Root, cpus []int) (changes []change, err error) {
 	want := new(big.Int)
 	for _, cpu := range cpus {
 		want.SetBit(want, cpu, 1)
 	}
 	for i := range d.queues {
-		present, err := readMask(tap, i)
+		file := maskFile(d.name, i)
+		present, err := readMask(sys, file)
 		if err != nil {
-			return nil, fmt.Errorf("HostCPUs: %w", err)
+			return nil, err
 		}
 		if present.Cmp(want) == 0 {
 			continue
 		}
 		changes = append(changes, change{
-			command: fmt.Sprintf("echo %s > /sys/%s", formatMask(want), maskFile(tap, i)),
+			command: fmt.Sprintf("echo %s > /sys/%s", formatMask(want), file),
 			do: func() error {
-				err := writeMask(tap, i, want)
+				err := writeMask(sys, file, want)
 				if err == nil {
-					err = checkMask(tap, i, want)
+					err = checkMask(sys, file, want)
 				}
 				if err != nil {
-					_ = writeMask(tap, i, present) // the error that matters is the first one
+					_ = writeMask(sys, file, present) // the error that matters is the first one
 				}
 				if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOVERFLOW) {
 					err = fmt.Errorf("HostCPUs: %w; want CPUs that are online and not isolated", err)
 				}
 				return err
 			},
-			undo: func() error { return writeMask(tap, i, present) },
+			undo: func() error { return writeMask(sys, file, present) },
 		})
 	}
 	return changes, nil
@@ -54,42 +52,33 @@ func (d *Device) hostCPUChanges(cpus []int, tap *netlink.Tuntap) (changes []chan
 
 // checkMask reads back what the kernel made of a mask: it leaves out CPUs that
 // are offline or isolated from its work (isolcpus).
-func checkMask(tap *netlink.Tuntap, queue int, want *big.Int) error {
-	got, err := readMask(tap, queue)
+func checkMask(sys *os.Root, file string, want *big.Int) error {
+	got, err := readMask(sys, file)
 	if err == nil && got.Cmp(want) != 0 {
 		err = fmt.Errorf("%w: of CPUs %s the kernel took %s", unix.EINVAL, formatMask(want), formatMask(got))
 	}
 	return err
 }
 
-func maskFile(tap *netlink.Tuntap, queue int) string {
-	return fmt.Sprintf("class/net/%s/queues/rx-%d/rps_cpus", tap.Name, queue)
+// maskFile is the file of a queue's mask in sysfs.
+func maskFile(device string, queue int) string {
+	return fmt.Sprintf("class/net/%s/queues/rx-%d/rps_cpus", device, queue)
 }
 
-func readMask(tap *netlink.Tuntap, queue int) (*big.Int, error) {
-	sys, err := openSysfs(tap)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = sys.Close() }()
-	b, err := sys.ReadFile(maskFile(tap, queue))
+func readMask(sys *os.Root, file string) (*big.Int, error) {
+	b, err := sys.ReadFile(file)
 	if err != nil {
 		return nil, err
 	}
 	mask, ok := new(big.Int).SetString(strings.ReplaceAll(string(bytes.TrimSpace(b)), ",", ""), 16)
 	if !ok {
-		return nil, fmt.Errorf("%s has %q; want a mask of CPUs", maskFile(tap, queue), b)
+		return nil, fmt.Errorf("%s has %q; want a mask of CPUs", file, b)
 	}
 	return mask, nil
 }
 
-func writeMask(tap *netlink.Tuntap, queue int, mask *big.Int) error {
-	sys, err := openSysfs(tap)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = sys.Close() }()
-	err = sys.WriteFile(maskFile(tap, queue), []byte(formatMask(mask)), 0)
+func writeMask(sys *os.Root, file string, mask *big.Int) error {
+	err := sys.WriteFile(file, []byte(formatMask(mask)), 0)
 	if path, ok := errors.AsType[*os.PathError](err); ok {
 		err = path.Err // it would name our descriptor
 	}

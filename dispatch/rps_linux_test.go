@@ -43,7 +43,12 @@ func TestHostCPUs(t *testing.T) {
 // hostMask returns what the kernel has for a queue of ns-test.
 func hostMask(t *testing.T, queue int) int64 {
 	t.Helper()
-	mask, err := readMask(readLink(t, "ns-test"), queue)
+	sys, err := openSysfs(readLink(t, "ns-test"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = sys.Close() }()
+	mask, err := readMask(sys, maskFile("ns-test", queue))
 	if err != nil {
 		t.Fatal(err)
 	}

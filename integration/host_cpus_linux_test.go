@@ -6,8 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"numastack/numaalloc"
 	"numastack/stack"
 )
 
@@ -41,16 +40,11 @@ func steered(t *testing.T, cpu int) uint64 {
 // where the same bytes arrive in the same order.
 func TestHostCPUs(t *testing.T) {
 	needNetwork(t)
-	var allowed unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &allowed); err != nil {
+	topology, err := numaalloc.ReadTopology()
+	if err != nil {
 		t.Fatal(err)
 	}
-	var cpus []int
-	for cpu := 0; len(cpus) < allowed.Count(); cpu++ {
-		if allowed.IsSet(cpu) {
-			cpus = append(cpus, cpu)
-		}
-	}
+	cpus := topology.AllowedCPUs
 	if len(cpus) < 2 {
 		t.Skip("it takes two CPUs: one for the shards, one for the kernel")
 	}

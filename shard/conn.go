@@ -82,9 +82,8 @@ type Conn struct {
 	abort     bool
 	done      bool
 
-	sendBuffer    int  // bytes, of a connection to a near peer
-	receiveBuffer int  // the same
-	ownWindow     bool // the application has chosen it
+	sendBuffer int  // bytes, of a connection to a near peer
+	ownWindow  bool // the application has chosen the receive buffer
 
 	bulkPeriod uint32 // the last one of Shard.bulk in which it received anything
 	bulkBytes  int    // and how much
@@ -287,10 +286,9 @@ func (c *Conn) tune(s *Shard) {
 	if err := c.ep.GetSockOpt(info); err == nil && info.RTT > 0 && info.RTT < nearRTT {
 		c.near = true
 		c.sendBuffer = s.set.cfg.SendBuffer
-		c.receiveBuffer = min(s.set.cfg.ReceiveBuffer, minReceiveShare)
 		c.ep.SocketOptions().SetSendBufferSize(int64(c.sendBuffer), true)
 	} else {
-		c.setReceiveBuffer(s.set.cfg.ReceiveBuffer)
+		c.ep.SocketOptions().SetReceiveBufferSize(int64(s.set.cfg.ReceiveBuffer), false)
 	}
 }
 

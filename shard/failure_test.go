@@ -97,9 +97,7 @@ func TestResetIsTheReason(t *testing.T) {
 // the reason in the Close event, which would name a reset without it.
 func TestVanishedPeerIsTheReason(t *testing.T) {
 	a, b := steppedPair(t)
-	later := time.Duration(0)
-	readClock := a.readClock
-	a.readClock = func() int64 { return readClock() + int64(later) }
+	later := delayed(a)
 	listenStepped(t, b, 7, &testHandler{})
 	var told, end error
 	client := dialStepped(t, a, netip.AddrPortFrom(addrB, 7), &testHandler{close: func(_ *Conn, err error) { end = err }})
@@ -107,8 +105,8 @@ func TestVanishedPeerIsTheReason(t *testing.T) {
 	if _, err := client.Write([]byte("x")); err != nil {
 		t.Fatal(err)
 	}
-	for later < time.Hour && end == nil { // TCP gives up after a quarter of an hour
-		later += time.Second
+	for *later < time.Hour && end == nil { // TCP gives up after a quarter of an hour
+		*later += time.Second
 		a.post(taskFunc(func(*Shard) {
 			if tcp.EndpointState(client.ep.State()) == tcp.StateError {
 				_, told = client.Write([]byte("x"))
@@ -117,7 +115,7 @@ func TestVanishedPeerIsTheReason(t *testing.T) {
 		settle(t, a)
 	}
 	if told == nil || !errors.Is(end, told) || errors.Is(end, syscall.ECONNRESET) {
-		t.Errorf("after %v Write was told %v and Close %v; want the same failure, and no reset", later, told, end)
+		t.Errorf("after %v Write was told %v and Close %v; want the same failure, and no reset", *later, told, end)
 	}
 }
 
@@ -195,11 +193,7 @@ func TestBothSidesSayGoodbye(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			a, b := steppedPair(t)
-			later := time.Duration(0)
-			for _, s := range []*Shard{a, b} {
-				readClock := s.readClock
-				s.readClock = func() int64 { return readClock() + int64(later) }
-			}
+			later := delayed(a, b)
 			var server *Conn
 			var ends []error
 			received, refuse := 0, test.refuse
@@ -236,7 +230,7 @@ func TestBothSidesSayGoodbye(t *testing.T) {
 				server.Resume()
 				settle(t, a, b)
 			}
-			later = 2 * time.Minute
+			*later = 2 * time.Minute
 			settle(t, a, b)
 			if received != size {
 				t.Errorf("received %d of %d bytes", received, size)

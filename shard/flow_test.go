@@ -285,8 +285,7 @@ func takeFrames(t *testing.T, s *Shard) (frames []gopacket.Packet) {
 
 // later moves the shard's clock.
 func (r *rawPeer) later(d time.Duration) {
-	before := r.s.readClock
-	r.s.readClock = func() int64 { return before() + int64(d) }
+	*delayed(r.s) = d
 }
 
 // want receives and checks that there are n pure ACKs, the last one of

@@ -199,7 +199,7 @@ func (g *Group) setBuffers(send, receive int) tcpip.Error {
 	if err := g.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &s); err != nil {
 		return err
 	}
-	r := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: min(receive, minReceiveShare), Max: max(receive, maxAutoBuffer)}
+	r := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: min(receive, firstReceiveBuffer), Max: max(receive, maxAutoBuffer)}
 	return g.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &r)
 }
 

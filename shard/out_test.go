@@ -139,11 +139,7 @@ func TestSegmentTakesLongWay(t *testing.T) {
 func TestNeighborIsNotProbed(t *testing.T) {
 	for _, remote := range []netip.Addr{addrB, addr6[1]} {
 		a, b := steppedPair(t)
-		later := time.Duration(0)
-		for _, s := range []*Shard{a, b} {
-			readClock := s.readClock
-			s.readClock = func() int64 { return readClock() + int64(later) }
-		}
+		later := delayed(a, b)
 		listenStepped(t, b, 7, echoHandler())
 		asked := func() (n uint64) {
 			for _, s := range []*Shard{a, b} {
@@ -165,7 +161,7 @@ func TestNeighborIsNotProbed(t *testing.T) {
 		settle(t, a, b)
 		minutes := func(n int) {
 			for range n * 60 {
-				later += time.Second
+				*later += time.Second
 				if _, err := c.Write([]byte("x")); err != nil {
 					t.Fatal(err)
 				}

@@ -123,6 +123,16 @@ func steppedPair(t testing.TB) (a, b *Shard) {
 	return a, b
 }
 
+// delayed returns by how much the clocks of shards are ahead, for the test to set.
+func delayed(shards ...*Shard) *time.Duration {
+	later := new(time.Duration)
+	for _, s := range shards {
+		readClock := s.readClock
+		s.readClock = func() int64 { return readClock() + int64(*later) }
+	}
+	return later
+}
+
 // restoreAffinity lets the test's thread run everywhere again.
 func restoreAffinity(t testing.TB) {
 	t.Helper()

@@ -76,8 +76,7 @@ func (c *Conn) WriteBlock(b *Block, offset int) (int, error) {
 func (c *Conn) lend(v *buffer.View, room int) int {
 	if room < v.Size() {
 		v.CapLength(room)
-		c.setFull(true)
-		c.wantWrite = true
+		c.awaitRoom()
 	}
 	n := v.Size()
 	c.queue(v)
@@ -99,8 +98,7 @@ func (c *Conn) room() (int, error) {
 		c.setFull(false)
 		return room, nil
 	case *tcpip.ErrWouldBlock:
-		c.setFull(true)
-		c.wantWrite = true
+		c.awaitRoom()
 		return 0, nil
 	case *tcpip.ErrClosedForSend: // by CloseWrite: no failure
 		return 0, errno(err)
@@ -133,6 +131,13 @@ func (c *Conn) takeShare() bool {
 		options.SetSendBufferSize(share, false)
 	}
 	return share > before
+}
+
+// awaitRoom notes that the send buffer is full and more is to be written: a Writable
+// event follows.
+func (c *Conn) awaitRoom() {
+	c.setFull(true)
+	c.wantWrite = true
 }
 
 // setFull notes whether the send buffer had no room for what was written last.

@@ -57,14 +57,16 @@ func TestSegmentsOfWrites(t *testing.T) {
 		{"headers and a body", []int{200, 8000}, []int{8200}},
 		{"powers of two", repeat(2, 64<<10), []int{full, full, 2*(64<<10) - 2*full}},
 		{"buffers of io.Copy", repeat(4, 32<<10), []int{full, full, 4*(32<<10) - 2*full}},
-		{"one large one", []int{130_000}, []int{full, 130_000 - full}},
+		{"one large one", []int{200_000}, []int{full, full, full, 200_000 - 3*full}},
 		{"small ones behind a large one", append([]int{70_000}, repeat(10, 7)...), []int{full, 70_070 - full}},
 	} {
 		for _, blocks := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/blocks=%t", test.name, blocks), func(t *testing.T) {
 				a, b := steppedPair(t)
+				later := delayed(a, b)
 				client, got := streamTo(t, a, b, &testHandler{})
-				for range 30 { // opens the congestion window
+				for range 30 { // opens the congestion window, and in a few periods the receiver's
+					*later += time.Duration(bulkPeriod)
 					if _, err := client.Write(make([]byte, 100_000)); err != nil {
 						t.Fatal(err)
 					}

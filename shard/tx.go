@@ -168,8 +168,9 @@ func (t *txQueue) supersede(f *txFrame, payload int) {
 	if i := *slot - 1; i >= 0 {
 		old := t.frames[i]
 		if f.sameFlow(old) {
-			ack, oldAck := seqnum.Value(tcp.AckNumber()), seqnum.Value(header.TCP(old.b[old.l4:]).AckNumber())
-			seq, next := seqnum.Value(tcp.SequenceNumber()), seqnum.Value(header.TCP(old.b[old.l4:]).SequenceNumber())
+			oldTCP := header.TCP(old.b[old.l4:])
+			ack, oldAck := seqnum.Value(tcp.AckNumber()), seqnum.Value(oldTCP.AckNumber())
+			seq, next := seqnum.Value(tcp.SequenceNumber()), seqnum.Value(oldTCP.SequenceNumber())
 			if tcp.Flags().Contains(header.TCPFlagAck) && !seq.LessThan(next) && (oldAck.LessThan(ack) || (oldAck == ack && !pure)) {
 				t.give(old)
 				t.frames[i] = nil

@@ -16,9 +16,9 @@ const (
 	bulkBytes  = 64 << 10
 	bulkPeriod = int64(20 * time.Millisecond)
 
-	// minReceiveShare is the receive buffer that connections begin with. The window is
-	// half of it.
-	minReceiveShare = 256 << 10
+	// firstReceiveBuffer is the receive buffer that connections begin with. The window
+	// is half of it.
+	firstReceiveBuffer = 256 << 10
 )
 
 // bulkCount counts the streams that a shard receives. Owned by the shard.
@@ -68,17 +68,13 @@ func (c *Conn) received(n int) {
 func (c *Conn) growWindow(streams int) {
 	// In steps, so that it seldom changes; and the window has room for four segments.
 	whole := c.g.set.cfg.ReceiveBuffer
-	share := min(whole, max(whole>>bits.Len(uint(streams-1)), 8*sending(c.ep).MaxPayloadSize))
-	if share <= c.receiveBuffer {
+	share := int64(min(whole, max(whole>>bits.Len(uint(streams-1)), 8*sending(c.ep).MaxPayloadSize)))
+	options := c.ep.SocketOptions()
+	if share <= options.GetReceiveBufferSize() {
 		return
 	}
-	c.setReceiveBuffer(share)
+	options.SetReceiveBufferSize(share, false)
 	if c.unacknowledged() == 0 {
 		c.ack() // nothing else would tell the peer
 	}
-}
-
-func (c *Conn) setReceiveBuffer(size int) {
-	c.receiveBuffer = size
-	c.ep.SocketOptions().SetReceiveBufferSize(int64(size), false)
 }

@@ -10,11 +10,7 @@ import (
 // share, who sends requests has a small one, and what the application has chosen stays.
 func TestReceiveShare(t *testing.T) {
 	a, b := steppedPair(t)
-	later := time.Duration(0)
-	for _, s := range []*Shard{a, b} {
-		readClock := s.readClock
-		s.readClock = func() int64 { return readClock() + int64(later) }
-	}
+	later := delayed(a, b)
 	b.set.cfg.ReceiveBuffer = 2 << 20
 	var servers []*Conn
 	received := 0
@@ -40,7 +36,7 @@ func TestReceiveShare(t *testing.T) {
 				sent += size
 				settle(t, a, b)
 			}
-			later += time.Duration(bulkPeriod)
+			*later += time.Duration(bulkPeriod)
 		}
 	}
 	whole := b.set.cfg.ReceiveBuffer
@@ -51,13 +47,13 @@ func TestReceiveShare(t *testing.T) {
 		}
 	}
 	const frames = 200_000
-	want("nothing received", servers[0], minReceiveShare)
+	want("nothing received", servers[0], firstReceiveBuffer)
 	stream(1000, clients...)
-	want("requests", servers[0], minReceiveShare)
+	want("requests", servers[0], firstReceiveBuffer)
 	servers[1].ownWindow = true
 	sending(servers[2].ep).MaxPayloadSize = 60_000
 	stream(frames, clients...)
-	want("eight streams", servers[0], minReceiveShare)
+	want("eight streams", servers[0], firstReceiveBuffer)
 	want("eight streams, large segments", servers[2], 8*60_000)
 	stream(frames, clients[3:6]...)
 	want("three streams", servers[3], whole/4)
@@ -66,11 +62,11 @@ func TestReceiveShare(t *testing.T) {
 	stream(frames, clients[5])
 	want("one stream", servers[5], whole)
 	stream(frames, clients[1])
-	want("one stream, chosen by the application", servers[1], minReceiveShare)
+	want("one stream, chosen by the application", servers[1], firstReceiveBuffer)
 	// Its peer may have on the way what it was promised.
 	stream(frames, clients...)
 	want("eight streams again", servers[5], whole)
-	want("eight streams again", servers[6], minReceiveShare)
+	want("eight streams again", servers[6], firstReceiveBuffer)
 	if received != sent {
 		t.Errorf("%d of %d bytes arrived", received, sent)
 	}

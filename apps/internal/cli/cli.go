@@ -103,7 +103,7 @@ func (o *Options) addGateway(s string) error {
 	return nil
 }
 
-// cpus keeps the order of a list: it is the order of the shards.
+// cpus keeps the order of a list: with -cpus it is the order of the shards.
 func cpus(list *[]int) func(string) error {
 	return func(s string) error {
 		parsed, err := parseCPUs(s)
