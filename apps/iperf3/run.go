@@ -20,9 +20,10 @@ type limits struct {
 var defaultLimits = limits{handshake: 10 * time.Second, grace: 10 * time.Second, stall: time.Minute}
 
 // How long a server waits for what is still on its way when a test of a given amount ends: until something came and then
-// nothing for settleIdle, at most settleMost. A test of a given time does not wait: what arrives late does not count, as with the original.
+// nothing for settleNaps of a millisecond, at most settleMost. They are counted, as the time by the clock may be one in
+// which nothing ran on this machine. A test of a given time does not wait: what arrives late does not count, as with the original.
 const (
-	settleIdle = 50 * time.Millisecond
+	settleNaps = 50
 	settleMost = time.Second
 )
 
@@ -275,10 +276,10 @@ func (r *run) halt() {
 func (r *run) settle(now time.Time) time.Time {
 	last, most := now, now.Add(settleMost)
 	moved := r.total()
-	for at := now; (moved == 0 || at.Sub(last) < settleIdle) && at.Before(most); at = time.Now() {
+	for naps := 0; (moved == 0 || naps < settleNaps) && time.Now().Before(most); naps++ {
 		time.Sleep(time.Millisecond)
 		if total := r.total(); total != moved {
-			moved, last = total, time.Now()
+			moved, last, naps = total, time.Now(), 0
 		}
 	}
 	return last
