@@ -237,8 +237,10 @@ func TestRebalanceLive(t *testing.T) {
 	r.serveEcho(t, nil)
 	var wg sync.WaitGroup
 	ctx, cancel := context.WithCancel(t.Context())
+	// All are connected before the first has load: then groups begin to leave shard 0.
 	perGroup := make(map[int]int)
-	for i := 0; i < 16; {
+	var conns []net.Conn
+	for len(conns) < 16 {
 		c := dialTCP(t, r.self4, echoPort)
 		at, err := r.Lookup("tcp", netip.AddrPortFrom(r.self4, echoPort), c.LocalAddr().(*net.TCPAddr).AddrPort())
 		if err != nil {
@@ -249,7 +251,9 @@ func TestRebalanceLive(t *testing.T) {
 			continue
 		}
 		perGroup[at.Group]++
-		i++
+		conns = append(conns, c)
+	}
+	for i, c := range conns {
 		wg.Go(func() {
 			if _, err := streamThrough(ctx, c, uint64(i), 0); err != nil {
 				t.Error(err)

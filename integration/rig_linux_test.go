@@ -59,8 +59,9 @@ func forVariants(t *testing.T, f func(t *testing.T, r *rig)) {
 	}
 }
 
+// config has groups stay where they are, as tests say on which shard a flow is.
 func (v variant) config() stack.Config {
-	return stack.Config{Shards: v.shards, Steering: v.steering, Offload: v.offload}
+	return stack.Config{Shards: v.shards, Steering: v.steering, Offload: v.offload, Rebalance: stack.RebalanceOff}
 }
 
 // rig is a stack on a device and in subnets that no other test uses.
