@@ -187,6 +187,7 @@ func (set *Set) newShard(id int, queue *dispatch.Queue) (*Shard, error) {
 		if from == id {
 			continue
 		}
+		s.sharesCPU = s.sharesCPU || set.cfg.CPUs[from] == cpu
 		if s.inbox[from], err = dispatch.NewRing[handover](ringSize(n)); err != nil {
 			return nil, fmt.Errorf("shard %d: %w", id, err)
 		}

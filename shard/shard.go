@@ -19,7 +19,8 @@ import (
 type Shard struct {
 	// Immutable after start.
 	id, cpu, node int
-	memory        int // the node of its memory: its own, or the nearest with some
+	sharesCPU     bool // with another shard
+	memory        int  // the node of its memory: its own, or the nearest with some
 	set           *Set
 	queue         *dispatch.Queue
 	inbox         []*dispatch.Ring[handover] // by sending shard; nil for itself

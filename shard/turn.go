@@ -18,7 +18,9 @@ const (
 	rxBudgetBytes = 512 << 10
 )
 
-// loop is the life of a shard: turns, and a wait when they find no work.
+// loop is the life of a shard: turns, and a wait when they find no work. Shards that
+// share a CPU take turns: else one would go on with the few frames that came during
+// its last turn, while many wait for the others.
 func (s *Shard) loop() {
 	// Offloaded work still uses what its handler owns.
 	worked := false
@@ -32,10 +34,16 @@ func (s *Shard) loop() {
 		if worked = did; did {
 			s.counters.Turns++
 			s.lastWork = s.now
+		} else if s.now-s.lastWork >= s.moderation.now {
+			s.wait()
 			continue
 		}
-		if s.now-s.lastWork >= s.moderation.now {
-			s.wait()
+		if s.sharesCPU {
+			if worked { // the other shards' turns are not this one's
+				worked = false
+				s.counters.Busy += uint64(s.readClock() - s.turnBegan)
+			}
+			_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 		}
 	}
 }
@@ -71,8 +79,6 @@ func (s *Shard) turn() bool {
 		if s.drained(m) {
 			s.release(m)
 		}
-		// The other shards have the next word, and may share the CPU.
-		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 	}
 	s.enter(stageFlush)
 	work += s.tx.flush()

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/google/gopacket"
@@ -307,6 +308,31 @@ func TestForward(t *testing.T) {
 	if missteered == 0 || forwarded < missteered || received != forwarded || full != 0 {
 		t.Errorf("missteered %d, forwarded %d, received %d, ring full %d; want some, at least as many, the same, none",
 			missteered, forwarded, received, full)
+	}
+}
+
+// TestSharedCPU: shards know that they share a CPU, and with that when to let others run.
+func TestSharedCPU(t *testing.T) {
+	cpus := thisMachine(t).AllowedCPUs
+	if len(cpus) < 2 {
+		t.Skip("one CPU: all shards share it")
+	}
+	cfg := testConfig(t, 0, -1)
+	cfg.Queues = slices.Repeat(cfg.Queues, 3)
+	cfg.CPUs = []int{cpus[0], cpus[1], cpus[0]}
+	var err error
+	if cfg.RETA, err = dispatch.NewRETA(4, 3); err != nil {
+		t.Fatal(err)
+	}
+	set, err := newSet(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(set.closeEventFDs)
+	for i, want := range []bool{true, false, true} {
+		if got := set.shards[i].sharesCPU; got != want {
+			t.Errorf("shard %d of those on CPUs %v shares its CPU: %t, want %t", i, cfg.CPUs, got, want)
+		}
 	}
 }
 
