@@ -161,7 +161,7 @@ func TestPeerStopsReading(t *testing.T) {
 		pause = time.Second
 		// A lost window update costs the sender a probe: the kernel's first ones
 		// come after 0.2, 0.6, 1.4 and 3 s (TCP_RTO_MIN, doubled each time).
-		resume = 1500 * time.Millisecond
+		resume = 1500 * time.Millisecond * raceFactor
 	)
 	forForeign(t, 4, func(t *testing.T, r *rig) {
 		for _, test := range []struct {

@@ -151,16 +151,16 @@ func TestIperf3(t *testing.T) {
 		})
 	}
 	for _, test := range []struct{ name, host, args string }{
-		{"UDP", s.self4.String(), "-u -t 1 -b 200M"},
-		{"UDP reverse", s.self4.String(), "-u -t 1 -b 200M -R"},
-		{"UDP IPv6", s.self6.String(), "-u -t 1 -b 200M -6"},
+		{"UDP", s.self4.String(), "-u -t 1 -b 50M"},
+		{"UDP reverse", s.self4.String(), "-u -t 1 -b 50M -R"},
+		{"UDP IPv6", s.self6.String(), "-u -t 1 -b 50M -6"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			end := s.client(t, test.host, test.args, patience).End
 			// A tenth of what was asked for, and most of it arriving, is far
 			// from what works and near to what a busy machine can do.
-			if end.Datagrams.Bits < 20e6 || end.Datagrams.LostPercent > 20 {
-				t.Errorf("%.0f bit/s with %.1f %% lost, want 200 Mbit/s or near it", end.Datagrams.Bits, end.Datagrams.LostPercent)
+			if end.Datagrams.Bits < 5e6 || end.Datagrams.LostPercent > 20 {
+				t.Errorf("%.0f bit/s with %.1f %% lost, want 50 Mbit/s or near it", end.Datagrams.Bits, end.Datagrams.LostPercent)
 			}
 		})
 	}

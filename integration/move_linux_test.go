@@ -54,7 +54,9 @@ func TestMoveUnderFire(t *testing.T) {
 				}
 			}
 			calm := r.fire(t, d/3, pause, nil)
+			begin, others := time.Now(), otherPrograms(t)
 			moved := r.fire(t, d, pause, move)
+			quiet := isQuiet(t, begin, others)
 			t.Logf("with pauses: calm:  %v", calm)
 			t.Logf("with pauses: moved: %v, %d moves", moved, moves)
 			full := r.fire(t, d/3, 0, move)
@@ -70,7 +72,7 @@ func TestMoveUnderFire(t *testing.T) {
 			}
 			// A peer probes when its answer is late (RFC 8985 section 7), which on
 			// a busy machine has other causes too.
-			if most := 3*calm.retransmitted + moves/20; moved.retransmitted > most && raceFactor == 1 {
+			if most := 3*calm.retransmitted + moves/20; moved.retransmitted > most && raceFactor == 1 && quiet {
 				t.Errorf("the kernel retransmitted %d segments, %d in a third of the time without moves; want %d or less", moved.retransmitted, calm.retransmitted, most)
 			}
 			if sum.Dropped > 0 || sum.RingFull > 0 {
@@ -271,12 +273,17 @@ func TestRebalanceLive(t *testing.T) {
 		}
 		return max(by[0], by[1]) / (by[0] + by[1])
 	}
+	begin, others := time.Now(), otherPrograms(t)
 	first := share(100 * time.Millisecond)
 	time.Sleep(2 * time.Second)
 	after := share(time.Second)
 	stats := r.Stats().Rebalance
 	t.Logf("the busier shard got %.0f %% of the frames at first, %.0f %% after two seconds; %+v", 100*first, 100*after, stats)
-	if stats.Moves == 0 || after > 0.75 {
+	switch {
+	case stats.Moves > 0 && after <= 0.75:
+	case !isQuiet(t, begin, others):
+		t.Skip("needs a quiet machine: other programs took CPU time, which makes shards busy")
+	default:
 		t.Errorf("the busier shard still gets %.0f %% of the frames after %d moves", 100*after, stats.Moves)
 	}
 }

@@ -368,10 +368,19 @@ func TestPathNarrows(t *testing.T) {
 		ours, theirs := p.connect(t, f)
 		_, _ = ours.SetDeadline(deadline), theirs.SetDeadline(deadline) // as when they were opened
 		sent := make(chan error, 1)
-		go func() { sent <- send(ours, theirs, payload(2, 16*bulkSize)) }()
-		time.Sleep(5 * time.Millisecond) // a fraction of the time that takes
+		want := payload(2, 16*bulkSize)
+		go func() {
+			_, err := ours.Write(want)
+			sent <- errors.Join(err, ours.Close())
+		}()
+		// The rest waits for us to read on.
+		got := make([]byte, bulkSize)
+		if _, err := io.ReadFull(theirs, got); err != nil {
+			t.Errorf("%s: %v", f.name, err)
+		}
 		p.widen(t, pathMTU)
-		if err := <-sent; err != nil {
+		rest, err := io.ReadAll(theirs)
+		if err := errors.Join(err, <-sent, same(append(got, rest...), want)); err != nil {
 			t.Errorf("%s: %v", f.name, err)
 		}
 		if tooBig, wide := p.survey(c.end(t)); tooBig == 0 || wide > 0 {

@@ -98,6 +98,13 @@ func TestSteadyLoadMovesNothing(t *testing.T) {
 	}
 }
 
+// isQuiet reports whether other programs, which had used so much CPU time at begin, have
+// left nearly all of it to this one since.
+func isQuiet(t *testing.T, begin time.Time, others time.Duration) bool {
+	t.Helper()
+	return (otherPrograms(t)-others)/time.Duration(runtime.NumCPU()) < time.Since(begin)/20
+}
+
 // otherPrograms is how much CPU time all programs but this one have had.
 func otherPrograms(t *testing.T) time.Duration {
 	t.Helper()

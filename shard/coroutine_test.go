@@ -121,6 +121,7 @@ func TestServeHandlersDoNotWaitForEachOther(t *testing.T) {
 func TestServeDeadlinesAndErrors(t *testing.T) {
 	a, b := startPair(t, nil)
 	failed := make(chan string, 10)
+	timedOut := make(chan struct{})
 	expect := func(what string, err, want error) {
 		if !errors.Is(err, want) {
 			failed <- what + ": " + errorString(err) + ", want " + want.Error()
@@ -138,6 +139,7 @@ func TestServeDeadlinesAndErrors(t *testing.T) {
 		_ = c.SetReadDeadline(time.Now().Add(10 * time.Millisecond).Round(0))
 		_, err = c.Read(one)
 		expect("read after a deadline of the wall clock", err, os.ErrDeadlineExceeded)
+		close(timedOut)
 		_ = c.SetReadDeadline(time.Time{})
 		if _, err = c.Read(one); err != nil || one[0] != 'x' {
 			failed <- "read without deadline: " + errorString(err)
@@ -156,7 +158,7 @@ func TestServeDeadlinesAndErrors(t *testing.T) {
 		expect("second Close", c.Close(), net.ErrClosed)
 	})
 	c := dial()
-	time.Sleep(30 * time.Millisecond) // the handler's first deadlines pass, or will have
+	<-timedOut
 	if _, err := c.Write([]byte("x")); err != nil {
 		t.Fatal(err)
 	}

@@ -359,7 +359,7 @@ func TestFullBuffersAreCounted(t *testing.T) {
 	}
 
 	dial = serve(t, a, b, func(c net.Conn) {
-		_ = c.SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
+		_ = c.SetWriteDeadline(time.Now().Add(time.Second)) // by then all buffers are full
 		_, err := c.Write(make([]byte, size))
 		wrote <- err
 		_, _ = c.Read(make([]byte, 1))
