@@ -158,8 +158,8 @@ func TestCloseWithConnections(t *testing.T) {
 			if err := r.Close(); err != nil {
 				t.Error(err)
 			}
-			if took := time.Since(begin); took > patience/2 {
-				t.Errorf("Close took %v, and every peer read", took)
+			if took := time.Since(begin); took > stack.DefaultDrain+patience/4 {
+				t.Errorf("Close took %v, although every peer reads", took)
 			}
 			for i, c := range peers {
 				if _, err := io.ReadAll(c); err != nil {
@@ -251,16 +251,22 @@ func TestDeviceDeleted(t *testing.T) {
 		})
 
 		const watch = 300 * time.Millisecond
-		runtime.GC() // not while we watch
-		before := cpuTime(t)
-		time.Sleep(watch)
-		if used := cpuTime(t) - before; used > watch/3 {
+		if used := cpuTimeIn(t, watch); used > watch/3 {
 			t.Errorf("the process used %v of CPU time in %v after it lost its device", used, watch)
 		}
 		if err := r.Close(); err != nil {
 			t.Errorf("Close: %v", err)
 		}
 	})
+}
+
+// cpuTimeIn is what this process uses while the test waits.
+func cpuTimeIn(t *testing.T, d time.Duration) time.Duration {
+	t.Helper()
+	runtime.GC() // not meanwhile
+	before := cpuTime(t)
+	time.Sleep(d)
+	return cpuTime(t) - before
 }
 
 // cpuTime is what this process has used so far.
@@ -284,10 +290,7 @@ func TestIdleIsCheap(t *testing.T) {
 	}
 	time.Sleep(100 * time.Millisecond) // delayed acknowledgements and the like
 	const watch = 300 * time.Millisecond
-	runtime.GC() // not while we watch
-	before := cpuTime(t)
-	time.Sleep(watch)
-	if used := cpuTime(t) - before; used > watch/3 {
+	if used := cpuTimeIn(t, watch); used > watch/3 {
 		t.Errorf("an idle stack used %v of CPU time in %v", used, watch)
 	}
 	_ = c.Close()
@@ -312,10 +315,7 @@ func TestLinkDownAndUp(t *testing.T) {
 		if _, err := c.Write([]byte("while it is down")); err != nil && !errors.Is(err, syscall.ENETDOWN) {
 			t.Fatal(err)
 		}
-		runtime.GC() // not while we watch
-		before := cpuTime(t)
-		time.Sleep(100 * time.Millisecond)
-		if used := cpuTime(t) - before; used > 50*time.Millisecond {
+		if used := cpuTimeIn(t, 100*time.Millisecond); used > 50*time.Millisecond {
 			t.Errorf("the process used %v of CPU time in 100ms while the link was down", used)
 		}
 		if err := netlink.LinkSetUp(link); err != nil {

@@ -54,9 +54,9 @@ func TestMoveUnderFire(t *testing.T) {
 				}
 			}
 			calm := r.fire(t, d/3, pause, nil)
-			begin, others := time.Now(), otherPrograms(t)
+			others := watchOthers(t)
 			moved := r.fire(t, d, pause, move)
-			quiet := isQuiet(t, begin, others)
+			quiet := others() < fewOthers
 			t.Logf("with pauses: calm:  %v", calm)
 			t.Logf("with pauses: moved: %v, %d moves", moved, moves)
 			full := r.fire(t, d/3, 0, move)
@@ -273,7 +273,7 @@ func TestRebalanceLive(t *testing.T) {
 		}
 		return max(by[0], by[1]) / (by[0] + by[1])
 	}
-	begin, others := time.Now(), otherPrograms(t)
+	others := watchOthers(t)
 	first := share(100 * time.Millisecond)
 	time.Sleep(2 * time.Second)
 	after := share(time.Second)
@@ -281,7 +281,7 @@ func TestRebalanceLive(t *testing.T) {
 	t.Logf("the busier shard got %.0f %% of the frames at first, %.0f %% after two seconds; %+v", 100*first, 100*after, stats)
 	switch {
 	case stats.Moves > 0 && after <= 0.75:
-	case !isQuiet(t, begin, others):
+	case others() >= fewOthers:
 		t.Skip("needs a quiet machine: other programs took CPU time, which makes shards busy")
 	default:
 		t.Errorf("the busier shard still gets %.0f %% of the frames after %d moves", 100*after, stats.Moves)

@@ -275,13 +275,19 @@ func (p *path) connect(t *testing.T, f family) (ours, theirs net.Conn) {
 
 // send moves b from one end of a connection to the other, and closes the first.
 func send(from, to net.Conn, b []byte) error {
-	sent := make(chan error, 1)
-	go func() {
-		_, err := from.Write(b)
-		sent <- errors.Join(err, from.Close())
-	}()
+	sent := sendAll(from, b)
 	got, err := io.ReadAll(to)
 	return errors.Join(err, <-sent, same(got, b))
+}
+
+// sendAll writes b and closes, in the background.
+func sendAll(c net.Conn, b []byte) <-chan error {
+	sent := make(chan error, 1)
+	go func() {
+		_, err := c.Write(b)
+		sent <- errors.Join(err, c.Close())
+	}()
+	return sent
 }
 
 // offloads are both settings, or with -short the default.
@@ -367,12 +373,8 @@ func TestPathNarrows(t *testing.T) {
 		c := captureDevice(t, p.device)
 		ours, theirs := p.connect(t, f)
 		_, _ = ours.SetDeadline(deadline), theirs.SetDeadline(deadline) // as when they were opened
-		sent := make(chan error, 1)
 		want := payload(2, 16*bulkSize)
-		go func() {
-			_, err := ours.Write(want)
-			sent <- errors.Join(err, ours.Close())
-		}()
+		sent := sendAll(ours, want)
 		// The rest waits for us to read on.
 		got := make([]byte, bulkSize)
 		if _, err := io.ReadFull(theirs, got); err != nil {

@@ -12,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"numastack/stack"
 )
 
@@ -60,7 +58,7 @@ func TestSteadyLoadMovesNothing(t *testing.T) {
 		}
 		conns[at.Group] = c
 	}
-	before, begin, others := r.Stats().Shards, time.Now(), otherPrograms(t)
+	before, begin, others := r.Stats().Shards, time.Now(), watchOthers(t)
 	var wg sync.WaitGroup
 	for group, c := range conns {
 		wg.Go(func() {
@@ -80,7 +78,7 @@ func TestSteadyLoadMovesNothing(t *testing.T) {
 	}
 	<-ctx.Done()
 	after, elapsed := r.Stats(), time.Since(begin)
-	others = (otherPrograms(t) - others) / time.Duration(runtime.NumCPU())
+	taken := others()
 	wg.Wait()
 	var shares [2]float64
 	for i, s := range after.Shards {
@@ -88,21 +86,29 @@ func TestSteadyLoadMovesNothing(t *testing.T) {
 		t.Logf("shard %d was busy for %.0f %% of the time", i, 100*shares[i])
 	}
 	// Busy time is that of the clock: who takes a shard's CPU makes it busy.
-	quiet := others < elapsed/20 && max(shares[0], shares[1])-min(shares[0], shares[1]) < 0.1
+	quiet := taken < fewOthers && max(shares[0], shares[1])-min(shares[0], shares[1]) < 0.1
 	switch moves := after.Rebalance.Moves; {
 	case moves != 0 && quiet:
 		t.Errorf("%d flow groups moved under a steady load", moves)
 	case moves != 0:
 		t.Skipf("needs a quiet machine: other programs took %.0f %% of the CPUs, which makes shards busy, and %d flow groups moved",
-			100*float64(others)/float64(elapsed), moves)
+			100*taken, moves)
 	}
 }
 
-// isQuiet reports whether other programs, which had used so much CPU time at begin, have
-// left nearly all of it to this one since.
-func isQuiet(t *testing.T, begin time.Time, others time.Duration) bool {
+// fewOthers is the share of the CPUs below which other programs do not matter.
+const fewOthers = 0.05
+
+// watchOthers returns what tells which share of the CPUs all programs but this one have
+// had since.
+func watchOthers(t *testing.T) (share func() float64) {
 	t.Helper()
-	return (otherPrograms(t)-others)/time.Duration(runtime.NumCPU()) < time.Since(begin)/20
+	begin, before := time.Now(), otherPrograms(t)
+	return func() float64 {
+		t.Helper()
+		used := otherPrograms(t) - before
+		return float64(used) / float64(runtime.NumCPU()) / float64(time.Since(begin))
+	}
 }
 
 // otherPrograms is how much CPU time all programs but this one have had.
@@ -124,9 +130,5 @@ func otherPrograms(t *testing.T) time.Duration {
 			all += n
 		}
 	}
-	var own unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &own); err != nil {
-		t.Fatal(err)
-	}
-	return time.Duration(all)*10*time.Millisecond - time.Duration(own.Utime.Nano()+own.Stime.Nano())
+	return time.Duration(all)*10*time.Millisecond - cpuTime(t)
 }

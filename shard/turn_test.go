@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"net/netip"
-	"slices"
 	"testing"
 
 	"github.com/google/gopacket"
@@ -263,24 +262,7 @@ func TestBadFrames(t *testing.T) {
 // TestForward: two shards per side and frames that arrive on the wrong one's
 // queue half of the time.
 func TestForward(t *testing.T) {
-	fdA0, fdB0 := socketPair(t)
-	fdA1, fdB1 := socketPair(t)
-	start := func(side int, fds ...int) *Set {
-		cfg := testConfig(t, side, fds[0])
-		cfg.Queues = append(cfg.Queues, dispatch.NewQueue(fds[1]))
-		cfg.CPUs = append(cfg.CPUs, cfg.CPUs[0])
-		var err error
-		if cfg.RETA, err = dispatch.NewRETA(4, 2); err != nil {
-			t.Fatal(err)
-		}
-		set, err := New(cfg)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(set.Close)
-		return set
-	}
-	a, b := start(0, fdA0, fdA1), start(1, fdB0, fdB1)
+	a, b := startWide(t, 2, 4)
 	for range 12 {
 		client, server := netPair(t, a, b)
 		sent := bytes.Repeat([]byte("x"), 300_000)
@@ -317,21 +299,11 @@ func TestSharedCPU(t *testing.T) {
 	if len(cpus) < 2 {
 		t.Skip("one CPU: all shards share it")
 	}
-	cfg := testConfig(t, 0, -1)
-	cfg.Queues = slices.Repeat(cfg.Queues, 3)
-	cfg.CPUs = []int{cpus[0], cpus[1], cpus[0]}
-	var err error
-	if cfg.RETA, err = dispatch.NewRETA(4, 3); err != nil {
-		t.Fatal(err)
-	}
-	set, err := newSet(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(set.closeEventFDs)
+	on := []int{cpus[0], cpus[1], cpus[0]}
+	set, _ := startWide(t, len(on), 4, func(cfg *Config) { cfg.CPUs = on })
 	for i, want := range []bool{true, false, true} {
 		if got := set.shards[i].sharesCPU; got != want {
-			t.Errorf("shard %d of those on CPUs %v shares its CPU: %t, want %t", i, cfg.CPUs, got, want)
+			t.Errorf("shard %d of those on CPUs %v shares its CPU: %t, want %t", i, on, got, want)
 		}
 	}
 }
